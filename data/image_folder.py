@@ -1,0 +1,210 @@
+"""Any tree of images with one folder per class, ImageNet's among them."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision import datasets
+from torchvision.transforms import InterpolationMode, v2
+
+from data.datamodule import ImageDataModule, at_least, require
+from stl.errors import SettingError
+
+log = logging.getLogger(__name__)
+
+_TREE = "expected <root>/train/<class>/*.jpg and <root>/val/<class>/*.jpg"
+
+
+def train_transform(image_size: int, scale: tuple[float, float], mean: Sequence[float], std: Sequence[float]) -> Any:
+    """PIL image → float32 (3, image_size, image_size): random part of the area, random flip, normalised."""
+    return v2.Compose(
+        [
+            v2.PILToTensor(),  # uint8, which resizes twice as fast here as a PIL image
+            v2.RandomResizedCrop(image_size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean, std),
+        ]
+    )
+
+
+def eval_transform(image_size: int, crop_pct: float, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """PIL image → float32 (3, image_size, image_size): shorter side ⌊image_size/crop_pct⌋, centre crop, normalised."""
+    return v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Resize(int(image_size / crop_pct), InterpolationMode.BICUBIC, antialias=True),
+            v2.CenterCrop(image_size),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean, std),
+        ]
+    )
+
+
+class Unreadable:
+    """Counts the distinct images that could not be read, over splits, epochs and worker processes.
+
+    Workers only set the image's flag, in memory they share with the main process under fork as under spawn. The main
+    process logs and raises: an exception out of a worker would arrive as a page of traceback.
+    """
+
+    def __init__(self, folders: Sequence["_Folder"], limit: int) -> None:
+        self.limit = limit
+        self.paths = [path for folder in folders for path, _ in folder.samples]
+        self.flags = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
+        self._logged: set[int] = set()
+        for folder, flags in zip(folders, self.flags.split([len(folder) for folder in folders]), strict=True):
+            folder.unreadable, folder.flags = self, flags
+
+    def check(self) -> None:
+        """Log the images flagged since the last call; raise `SettingError` if the limit is exceeded."""
+        new = [i for i in self.flags.nonzero().flatten().tolist() if i not in self._logged]
+        for i in new:
+            self._logged.add(i)
+            if len(self._logged) > self.limit:
+                raise SettingError(
+                    f"data.max_unreadable={self.limit} unreadable images are skipped, and one more was met: "
+                    f"{self.paths[i]}; repair or remove the files, or set data.max_unreadable to a larger number"
+                )
+            log.warning("skipped an unreadable image (%d so far): %s", len(self._logged), self.paths[i])
+
+
+class _Folder(datasets.ImageFolder):
+    """torchvision's, except that an item is None, and flagged, if the image cannot be read."""
+
+    unreadable: Unreadable
+    flags: Tensor  # (N,) uint8
+
+    def __getitem__(self, index: int) -> Any:
+        path, label = self.samples[index]
+        try:
+            image = self.loader(path)
+        except Exception:  # a broken file raises OSError, SyntaxError, ValueError, struct.error …
+            self.flags[index] = 1
+            return None
+        assert self.transform is not None
+        return self.transform(image), label
+
+
+class _SkippingLoader(DataLoader):
+    """Yields what was readable of each batch, after checking the count."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            for batch in super().__iter__():
+                self.dataset.unreadable.check()  # type: ignore[attr-defined]
+                if batch is None:
+                    raise SettingError(
+                        f"data: a batch of {self.batch_size} holds no readable image; repair or remove "
+                        "the files named in the log, or set data.batch_size or data.eval_batch_size higher"
+                    )
+                yield batch
+        except SettingError:
+            self._iterator = None  # ends the workers now; the traceback would keep them until they have to be killed
+            raise
+
+
+def _collate_readable(items: list[Any]) -> Any:
+    readable = [item for item in items if item is not None]
+    return default_collate(readable) if readable else None
+
+
+def _open_tree(root: Path) -> tuple[_Folder, _Folder]:
+    """Both splits, without transforms; raises `SettingError` if the tree is not as expected."""
+
+    def wrong(what: str) -> SettingError:
+        return SettingError(f"data.root={str(root)!r} {what}: {_TREE}; repair the tree or set data.root to another")
+
+    if not root.is_dir():
+        raise wrong("is not a folder" if root.exists() else "does not exist")
+    if not any(root.iterdir()):
+        raise wrong("is empty")
+    splits = ("train", "val")
+    if missing := [f"{split}/" for split in splits if not (root / split).is_dir()]:
+        raise wrong(f"lacks {' and '.join(missing)}")
+    train, val = ({entry.name for entry in os.scandir(root / split) if entry.is_dir()} for split in splits)
+    if train != val:
+        raise wrong(
+            "has different classes in its splits "
+            f"(only in train/: {_first(train - val)}; only in val/: {_first(val - train)})"
+        )
+    if not train:
+        raise wrong("has no class folders in train/ and val/")
+    folders = _Folder(str(root / "train"), allow_empty=True), _Folder(str(root / "val"), allow_empty=True)
+    for split, folder in zip(splits, folders, strict=True):
+        filled = set(folder.targets)
+        if empty := {name for name, label in folder.class_to_idx.items() if label not in filled}:
+            raise wrong(f"has class folders without an image in {split}/ ({_first(empty)})")
+    return folders
+
+
+def _first(names: set[str], most: int = 3) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(sorted(names)[:most]) or "none") + rest
+
+
+class ImageFolder(ImageDataModule):
+    """`<root>/train/<class>/*` and `<root>/val/<class>/*`; the sorted folder names are the classes.
+
+    An unreadable image is skipped: its batch is smaller by one, its path is logged once, and it counts once however
+    many epochs meet it. The count covers both splits and all worker processes of this training process.
+
+    Args:
+        root: folder with `train/` and `val/`.
+        name: what tables call the data set; None means the root folder's name.
+        image_size: side of the images, in pixels.
+        scale: smallest and largest part of an image's area that a training crop takes.
+        crop_pct: part of the shorter side that the centre crop of the evaluation keeps.
+        mean, std: of each channel, for images in 0…1.
+        max_unreadable: how many unreadable images are skipped before the run stops.
+        **loading: batch_size, eval_batch_size, num_workers, pin_memory of `ImageDataModule`.
+
+    Raises:
+        SettingError: at construction, if a setting or the tree is wrong; while loading, if one unreadable image
+            more than allowed is met, or a batch has no readable image.
+    """
+
+    loader_class = _SkippingLoader
+    collate = staticmethod(_collate_readable)
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        name: str | None = None,
+        image_size: int = 224,
+        scale: Sequence[float] = (0.08, 1.0),
+        crop_pct: float = 0.9,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        max_unreadable: int = 10,
+        **loading: Any,
+    ) -> None:
+        super().__init__(image_size=image_size, **loading)
+        require(bool(root), "root", root, "a folder with train/ and val/")
+        low, high = scale if len(scale) == 2 else (0.0, 0.0)
+        require(0 < low <= high <= 1, "scale", list(scale), "two numbers with 0 < smallest <= largest <= 1")
+        require(0 < crop_pct <= 1, "crop_pct", crop_pct, "a number in (0, 1]")
+        require(at_least(max_unreadable, 0), "max_unreadable", max_unreadable, "0 or more images")
+        require(len(mean) == 3, "mean", list(mean), "three numbers")
+        require(len(std) == 3 and min(std) > 0, "std", list(std), "three positive numbers")
+
+        path = Path(os.path.abspath(os.path.expanduser(root)))
+        self._train, self._val = _open_tree(path)
+        self._train.transform = train_transform(image_size, (low, high), list(mean), list(std))
+        self._val.transform = eval_transform(image_size, crop_pct, list(mean), list(std))
+        self.unreadable = Unreadable([self._train, self._val], max_unreadable)
+        self.name = name or path.name
+        self.num_classes = len(self._train.classes)
+
+    def train_set(self) -> Dataset:
+        return self._train
+
+    def val_set(self) -> Dataset:
+        return self._val

@@ -1,0 +1,106 @@
+"""Evaluate a checkpoint: `python eval.py ckpt=outputs/…/checkpoints/last.ckpt` prints and writes its figures."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from models.callbacks import describe_device, write_json
+from models.checkpoint import load_checkpoint
+from stl import SettingError, count_flops
+from train import build, describe, one_line_errors
+
+
+@torch.inference_mode()
+def latency(model: nn.Module, batch_size: int, image_size: int, repeats: int) -> float:
+    """Median milliseconds of a forward pass over a batch of random images."""
+    like = next(model.parameters())
+    images = torch.randn(batch_size, 3, image_size, image_size, device=like.device, dtype=like.dtype)
+    seconds = []
+    for _ in range(3 + repeats):
+        if like.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(images)
+        if like.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds[3:])
+
+
+def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
+    """The figures of a checkpoint, and the file they are written to: eval.json in the run's folder."""
+    if OmegaConf.is_missing(cfg, "ckpt"):
+        raise SettingError("ckpt is not set; give a checkpoint: python eval.py ckpt=outputs/…/checkpoints/last.ckpt")
+    if cfg.num_threads:
+        torch.set_num_threads(cfg.num_threads)
+    checkpoint, path = load_checkpoint(cfg.ckpt)
+    trained = OmegaConf.create(checkpoint["config"])
+    if cfg.get("data"):
+        trained.data = cfg.data
+    if cfg.batch_size:
+        trained.data.eval_batch_size = cfg.batch_size
+    task, data = build(trained)
+    try:
+        task.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise SettingError(f"checkpoint {str(path)!r} does not fit: {' '.join(str(error).split())}") from error
+    flops = count_flops(task.model, (3, data.image_size, data.image_size)).to_dict()
+    trainer = pl.Trainer(
+        accelerator=cfg.accelerator, devices=1, precision=cfg.precision, logger=False, enable_model_summary=False
+    )
+    metrics = trainer.validate(task, data, verbose=False)[0]
+    task.to(trainer.strategy.root_device).eval()
+    figures = {
+        "checkpoint": str(path),
+        **describe(trained, data),
+        "top1": 100 * metrics["top1"],
+        "top5": 100 * metrics["top5"],
+        "val_loss": metrics["val_loss"],
+        **{key: flops[key] for key in ("params", "macs", "dense_macs", "flop_factor")},
+        "latency_ms": {
+            str(size): latency(task.model, size, data.image_size, cfg.latency.repeats)
+            for size in cfg.latency.batch_sizes
+        },
+        "device": describe_device(task.device),
+    }
+    # checkpoints/ lies in the run folder; a checkpoint that was moved gets the file beside it.
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    target = folder / "eval.json"
+    write_json(target, figures)
+    return figures, target
+
+
+def show(figures: dict[str, Any], target: Path) -> None:
+    table = Table("figure", "value", title=f"{figures['model']} on {figures['dataset']}")
+    linear = ", ".join(f"{key} {value}" for key, value in figures["linear"].items() if value is not None)
+    table.add_row("linear layers", linear)
+    table.add_row("top-1 / top-5", f"{figures['top1']:.2f} % / {figures['top5']:.2f} %")
+    table.add_row("validation loss", f"{figures['val_loss']:.4f}")
+    table.add_row("parameters", f"{figures['params']:,}")
+    for key, label in (("linear", "MACs, linear"), ("total", "MACs, total")):
+        table.add_row(label, f"{figures['macs'][key]:,} (dense {figures['dense_macs'][key]:,})")
+    for key, value in figures["flop_factor"].items():
+        table.add_row(f"FLOP factor, {key}", f"{value:.2f}")
+    for size, milliseconds in figures["latency_ms"].items():
+        table.add_row(f"latency, batch {size}", f"{milliseconds:.2f} ms on {figures['device']}")
+    console = Console()
+    console.print(table)
+    console.print(f"written to {target}", soft_wrap=True)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="eval")
+def main(cfg: DictConfig) -> None:
+    one_line_errors(lambda: show(*evaluate(cfg)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Lightning callbacks: the run's summary, and the stop at a loss that is not finite."""
+
+import json
+import platform
+import subprocess
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from stl import FlopReport, SettingError
+
+PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "hydra-core", "numpy")
+
+
+class RunSummary(pl.Callback):
+    """Writes flops.json when training starts and summary.json when it has ended; accuracies in percent."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any], flops: FlopReport) -> None:
+        """`facts` are the keys of the summary that are known beforehand (dataset, model, linear, seed, …)."""
+        self.folder, self.facts, self.flops = folder, facts, flops
+        self._images, self._seconds, self._mark, self._began = 0, 0.0, 0.0, 0.0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began = time.perf_counter()
+        if trainer.is_global_zero:
+            write_json(self.folder / "flops.json", self.flops.to_dict())
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._mark = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now = time.perf_counter()
+        if trainer.global_step > 1:  # the first batch pays for start-up
+            self._images += len(batch[0]) * trainer.world_size
+            self._seconds += now - self._mark
+        self._mark = now
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        counts = self.flops.to_dict()
+        summary = {
+            **self.facts,
+            "top1": 100 * metrics["top1"],
+            "top5": 100 * metrics["top5"],
+            "val_loss": metrics["val_loss"],
+            "params": self.flops.params,
+            **{key: counts[key] for key in ("macs", "dense_macs", "flop_factor")},
+            "epochs": trainer.current_epoch,
+            "images_per_second": self._images / self._seconds if self._seconds else None,
+            "wall_seconds": time.perf_counter() - self._began,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": describe_device(pl_module.device),
+            "precision": str(trainer.precision),
+            "git_commit": git_commit(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        }
+        write_json(self.folder / "summary.json", summary)
+
+
+class StopAtNonFiniteLoss(pl.Callback):
+    """Stops before a loss that is NaN or infinite reaches the weights, and names the step and the layer."""
+
+    def __init__(self) -> None:
+        self._batch: Any = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._batch = batch
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
+        if torch.isfinite(loss):
+            return
+        layer = first_non_finite_layer(pl_module.model, self._batch[0])
+        kept = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
+        raise SettingError(
+            f"the loss is {loss.item()} at step {trainer.global_step} of epoch {trainer.current_epoch}, first in "
+            f"{layer}; last good checkpoint: {kept}; lower optimizer.lr or train with trainer.precision=32-true"
+        )
+
+
+@torch.no_grad()
+def first_non_finite_layer(model: nn.Module, images: Tensor) -> str:
+    """Name of the first layer whose output is not finite for these images; "the loss" where every layer's is."""
+    found: list[str] = []
+    hooks = []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+
+            def hook(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                if isinstance(output, Tensor) and not output.isfinite().all():
+                    found.append(f"layer {name}")
+
+            hooks.append(module.register_forward_hook(hook))
+    try:
+        model(images)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if not images.isfinite().all():
+        return "the input images"
+    return found[0] if found else "the loss"
+
+
+def describe_device(device: torch.device) -> str:
+    """The accelerator's name, or the number of CPU threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()}-thread CPU"
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with "+changes" where files differ from it; None outside a repository."""
+    root = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON; the file is complete or not there."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,87 @@
+"""The LightningModule: image classification with one model, one optimizer and one schedule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics.classification import MulticlassAccuracy
+
+from stl import SettingError
+
+
+class ClassificationTask(pl.LightningModule):
+    """Cross-entropy training and top-1/top-5 validation of `model` on (images, labels) batches.
+
+    Args:
+        optimizer: makes the optimizer, from the model.
+        scheduler: makes the schedule, from the optimizer and the keywords `epochs` and `steps_per_epoch`; it is
+            stepped with `step_update(number of steps done)`.
+        config: the resolved configuration; it travels in every checkpoint, so that one file says what it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int,
+        optimizer: Callable[[nn.Module], Optimizer],
+        scheduler: Callable[..., Any],
+        label_smoothing: float = 0.0,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+        self.config = config or {}
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
+        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.top1(logits, labels)
+        self.top5(logits, labels)
+        self.log("val_loss", F.cross_entropy(logits, labels), prog_bar=True, batch_size=len(images))
+        self.log("top1", self.top1, prog_bar=True, batch_size=len(images))
+        self.log("top5", self.top5, batch_size=len(images))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self._optimizer(self.model)
+        epochs = self.trainer.max_epochs
+        steps = self.trainer.estimated_stepping_batches
+        scheduler = self._scheduler(optimizer, epochs=epochs, steps_per_epoch=steps / epochs)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_same_model(checkpoint.get("config", {}), self.config)
+
+
+def check_same_model(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raise SettingError, with both sides, where two configurations build different models."""
+    differences = []
+    for group in ("model", "linear"):
+        theirs, ours = saved.get(group, {}), own.get(group, {})
+        for key in sorted(set(theirs) | set(ours)):
+            if theirs.get(key) != ours.get(key):
+                differences.append(f"{group}.{key}={theirs.get(key)} in the checkpoint, {ours.get(key)} here")
+    if differences:
+        raise SettingError(f"the checkpoint is of another model: {'; '.join(differences)}; make the settings agree")

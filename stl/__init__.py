@@ -1,0 +1,30 @@
+"""Strassen-Tile (STL) layers: a bilinear operator in the place of matrix multiplication.
+
+Reference: Ailon, Bercovich, Uffenheimer, Weinstein, "Changing Base Without Losing Pace: A GPU-Efficient Alternative to
+MatMul in DNNs", arXiv 2503.12211.
+"""
+
+from stl import bases as bases  # registers the families
+from stl.attention import STLMultiheadAttention
+from stl.basis import Basis, get_basis, list_bases, register_basis
+from stl.convert import ConversionReport, convert
+from stl.errors import SettingError
+from stl.flops import FlopReport, count_flops
+from stl.functional import stl_linear, stl_matmul
+from stl.linear import STLLinear
+
+__all__ = [
+    "Basis",
+    "ConversionReport",
+    "FlopReport",
+    "STLLinear",
+    "STLMultiheadAttention",
+    "SettingError",
+    "convert",
+    "count_flops",
+    "get_basis",
+    "list_bases",
+    "register_basis",
+    "stl_linear",
+    "stl_matmul",
+]

@@ -1,0 +1,198 @@
+"""Swap the linear layers of any module for STL layers."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from stl.attention import STLMultiheadAttention
+from stl.basis import get_basis
+from stl.errors import SettingError
+from stl.functional import ROW_AXES
+from stl.linear import STLLinear
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+Patterns = str | Sequence[str] | None
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` did: `swapped` and `left` map a layer's name to what it became, or to why it stayed."""
+
+    swapped: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.swapped)} linear layers swapped, {len(self.left)} left"]
+        lines += [f"  swapped  {name}: {what}" for name, what in self.swapped.items()]
+        lines += [f"  left     {name}: {why}" for name, why in self.left.items()]
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module,
+    *,
+    tile: int = 4,
+    rank: int = 16,
+    basis: str = "hadamard",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    from_dense: bool = False,
+    row_axis: str = "tokens",
+    train_basis: bool = True,
+) -> ConversionReport:
+    """Swap the linear layers of `model`, in place, for `STLLinear`; attention modules become `STLMultiheadAttention`.
+
+    Args:
+        include, exclude: shell-style patterns of layer names ("blocks.*.mlp.*"), one or several; a layer is swapped
+            where it matches some `include` (all, by default) and no `exclude`. All names of a shared layer count.
+        from_dense: start from the trained weights, encoded; otherwise from a fresh draw, for training from scratch.
+        row_axis, train_basis: as in `STLLinear`. Layers that PyTorch's transformer feeds (tokens, batch, features)
+            get the axis that means the same there.
+
+    Returns:
+        A report of the layers swapped, and of those left with the reason.
+
+    Raises:
+        SettingError: no such basis, a pattern that matches no linear layer, or a model without any. The model is then
+        unchanged. A model that is itself a linear layer cannot be swapped in place: use `STLLinear.from_linear`.
+    """
+    get_basis(basis, tile, rank)
+    if row_axis not in ROW_AXES:
+        raise SettingError(f"row_axis={row_axis!r} is unknown; choose one of {', '.join(ROW_AXES)}")
+    settings = {"tile": tile, "rank": rank, "basis": basis, "train_basis": train_basis}
+    if isinstance(model, nn.Linear | nn.MultiheadAttention):
+        raise SettingError("convert swaps layers inside a model; for a single layer use STLLinear.from_linear(layer)")
+    places = list(_places(model))
+    if not places:
+        raise SettingError(f"{type(model).__name__} holds no torch.nn.Linear; there is nothing to convert")
+    include, exclude = _patterns(include), _patterns(exclude)
+    _check_patterns("include", include, places)
+    _check_patterns("exclude", exclude, places)
+
+    report = ConversionReport()
+    reasons = _reasons_to_stay(model)
+    places_of: dict[nn.Module, list[_Place]] = {}
+    for place in places:
+        places_of.setdefault(place.layer, []).append(place)
+    built: dict[nn.Module, nn.Module] = {}
+    for layer, same in places_of.items():
+        names = [place.name for place in same]
+        if reason := reasons.get(layer):
+            report.left |= dict.fromkeys(names, reason)
+        elif include and not _match(names, include):
+            report.left |= dict.fromkeys(names, "not in include")
+        elif _match(names, exclude):
+            report.left |= dict.fromkeys(names, "in exclude")
+        else:
+            built[layer] = _build(layer, from_dense, _axis(same[0], row_axis), settings)
+            report.swapped |= dict.fromkeys(names, _describe(built[layer]))
+    for place in places:
+        if place.layer in built:
+            setattr(place.parent, place.attribute, built[place.layer])
+    _leave_fused_paths(model)
+    return report
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer hangs in the model; a layer that is used twice has two places."""
+
+    name: str
+    parent: nn.Module
+    attribute: str
+    layer: nn.Module
+
+
+def _places(module: nn.Module, prefix: str = "") -> Iterator[_Place]:
+    for attribute, child in module._modules.items():
+        if child is None:
+            continue
+        name = f"{prefix}{attribute}"
+        if isinstance(child, nn.Linear | nn.MultiheadAttention):
+            yield _Place(name, module, attribute, child)
+        elif not isinstance(child, STLLinear | STLMultiheadAttention):
+            yield from _places(child, f"{name}.")
+
+
+def _reasons_to_stay(model: nn.Module) -> dict[nn.Module, str]:
+    """The layers that cannot be swapped faithfully, with why."""
+    owners: dict[int, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(module)
+    reasons: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            if type(module) is not nn.MultiheadAttention:
+                reasons[module] = f"{type(module).__name__} overrides torch.nn.MultiheadAttention"
+            elif module.bias_k is not None or module.add_zero_attn:
+                reasons[module] = "bias_k, bias_v and add_zero_attn are not supported"
+        elif isinstance(module, nn.Linear):
+            if type(module).forward is not nn.Linear.forward:
+                reasons[module] = f"{type(module).__name__} overrides torch.nn.Linear.forward"
+            elif isinstance(module.weight, nn.UninitializedParameter):
+                reasons[module] = "it is lazy and has no sizes yet; run one batch first"
+        if isinstance(module, nn.Linear | nn.MultiheadAttention) and module not in reasons:
+            shared = {owner for p in module.parameters() for owner in owners[id(p)]} - set(module.modules())
+            if shared:
+                reasons[module] = f"its weight is shared with a {type(shared.pop()).__name__}"
+            elif any(is_parametrized(m) for m in module.modules()):
+                reasons[module] = "its weight is parametrized"
+            elif any("forward" in vars(m) for m in module.modules()):
+                reasons[module] = "its forward was replaced"
+            elif any(getattr(m, hooks) for m in module.modules() for hooks in _HOOKS):
+                reasons[module] = "it has hooks, which would be lost"
+    return reasons
+
+
+def _build(layer: nn.Module, from_dense: bool, row_axis: str, settings: dict) -> nn.Module:
+    if isinstance(layer, nn.MultiheadAttention):
+        return STLMultiheadAttention(layer, from_dense=from_dense, row_axis=row_axis, **settings)
+    assert isinstance(layer, nn.Linear)
+    return STLLinear.from_linear(layer, from_dense=from_dense, row_axis=row_axis, **settings)
+
+
+def _describe(layer: nn.Module) -> str:
+    return str(layer) if isinstance(layer, STLLinear) else f"{type(layer).__name__} of 4 STLLinear"
+
+
+def _axis(place: _Place, row_axis: str) -> str:
+    """The axis of the layer's own input that `row_axis` means for input of shape (batch, tokens, features)."""
+    parent = place.parent
+    if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        attention = parent.self_attn
+        tokens_first = (
+            isinstance(attention, nn.MultiheadAttention | STLMultiheadAttention) and not attention.batch_first
+        )
+        if tokens_first and isinstance(place.layer, nn.Linear):
+            return {"tokens": "batch", "batch": "tokens"}[row_axis]
+    return row_axis
+
+
+def _leave_fused_paths(model: nn.Module) -> None:
+    """PyTorch's fused encoder reads the weights of its layers itself: switch it off wherever an STL layer sits."""
+    for module in model.modules():
+        if any(isinstance(child, STLLinear) for child in module.modules()):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            elif isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+
+
+def _patterns(patterns: Patterns) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+
+
+def _match(names: list[str], patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _check_patterns(setting: str, patterns: tuple[str, ...], places: list[_Place]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(place.name, pattern) for place in places):
+            some = ", ".join(place.name for place in places[:4])
+            raise SettingError(f"{setting}={pattern!r} matches no linear layer; the model has {some}, …")

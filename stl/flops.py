@@ -1,0 +1,238 @@
+"""The analytic count of multiply-accumulates (MACs): 1 MAC = one multiply and one add = 2 FLOPs.
+
+A dense layer (k → m) on n rows costs n·k·m MACs. An STL layer costs, with N = ⌈n/t⌉ tiles inside each sample, K = ⌈k/t⌉
+and M = ⌈m/t⌉: core N·K·M·r, encode N·K·t²·r and decode N·M·t²·r. Its weight is stored encoded, for which nothing is
+due. What is not a linear layer (attention and performer products, convolutions) is counted by PyTorch itself.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from math import ceil, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from stl.errors import SettingError
+from stl.linear import STLLinear
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """One row of the report: a linear layer, or the other products of one module. MACs; `rows` over the whole input.
+
+    For a dense layer core = macs = dense_macs, and encode = decode = 0.
+    """
+
+    name: str
+    kind: str  # "dense", "stl", or "product" for what is not a linear layer
+    macs: int
+    dense_macs: int
+    core: int
+    encode: int = 0
+    decode: int = 0
+    rows: int = 0
+    in_features: int = 0
+    out_features: int = 0
+    tile: int = 0
+    rank: int = 0
+    params: int = 0
+
+
+@dataclass(frozen=True)
+class FlopReport:
+    """The count of a whole model for one input of `input_shape`; everything in MACs."""
+
+    input_shape: tuple[int, ...]
+    layers: tuple[LayerCount, ...]
+    params: int
+
+    def _sum(self, what: str, linear_only: bool = True) -> int:
+        return sum(getattr(row, what) for row in self.layers if row.kind != "product" or not linear_only)
+
+    @property
+    def linear(self) -> int:
+        """MACs of the linear layers, encode and decode included."""
+        return self._sum("macs")
+
+    @property
+    def total(self) -> int:
+        """`linear` plus attention and performer products and convolutions."""
+        return self._sum("macs", linear_only=False)
+
+    @property
+    def macs(self) -> dict[str, int]:
+        """total, linear, and what STL layers and dense layers spend of it on core, encode and decode."""
+        parts = {what: self._sum(what) for what in ("core", "encode", "decode")}
+        return {"total": self.total, "linear": self.linear, **parts}
+
+    @property
+    def dense_macs(self) -> dict[str, int]:
+        """What the same model costs with dense linear layers."""
+        return {"total": self._sum("dense_macs", linear_only=False), "linear": self._sum("dense_macs")}
+
+    @property
+    def flop_factor(self) -> dict[str, float]:
+        """dense MACs / MACs: `core` t³/r of the STL layers, padding, encode and decode aside; `linear`; `total`."""
+        stl = [row for row in self.layers if row.kind == "stl"]
+        dense = sum(row.dense_macs for row in stl)
+        core = sum(row.dense_macs * row.rank / row.tile**3 for row in stl)
+        return {
+            "core": dense / core if core else 1.0,
+            "linear": self.dense_macs["linear"] / self.linear if self.linear else 1.0,
+            "total": self.dense_macs["total"] / self.total if self.total else 1.0,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and strings, ready for JSON."""
+        return {
+            "unit": "MACs",
+            "input_shape": list(self.input_shape),
+            "macs": self.macs,
+            "dense_macs": self.dense_macs,
+            "flop_factor": self.flop_factor,
+            "params": self.params,
+            "layers": [asdict(row) for row in self.layers],
+        }
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.layers), default=4)
+        lines = [f"{'layer':{width}}  {'kind':7} {'rows':>6} {'in':>5} {'out':>5} {'MACs':>14} {'dense MACs':>14}"]
+        for row in self.layers:
+            sizes = (row.rows or "", row.in_features or "", row.out_features or "")
+            lines.append(
+                f"{row.name:{width}}  {row.kind:7} {sizes[0]:>6} {sizes[1]:>5} {sizes[2]:>5} "
+                f"{row.macs:>14,} {row.dense_macs:>14,}"
+            )
+        factor = ", ".join(f"{name} {value:.2f}" for name, value in self.flop_factor.items())
+        lines.append(f"linear {self.linear:,} MACs, total {self.total:,} MACs; fewer than dense by: {factor}")
+        return "\n".join(lines)
+
+
+def dense_count(name: str, rows: int, k: int, m: int, params: int) -> LayerCount:
+    """The row of a dense layer (k → m) on `rows` rows."""
+    macs = rows * k * m
+    return LayerCount(name, "dense", macs, macs, macs, rows=rows, in_features=k, out_features=m, params=params)
+
+
+def stl_count(name: str, layer: STLLinear, shape: Sequence[int]) -> LayerCount:
+    """The row of an STL layer for an input of this shape (..., k)."""
+    k, m, t, r = layer.in_features, layer.out_features, layer.tile, layer.rank
+    dim, needed = (0, 2) if layer.row_axis == "batch" else (-2, 3)
+    axis = shape[dim] if len(shape) >= needed else 1  # with fewer dimensions, every row has a tile of its own
+    rows = prod(shape[:-1])
+    tiles = ceil(axis / t) * (rows // axis if axis else 0)
+    blocks, out_blocks = ceil(k / t), ceil(m / t)
+    core, encode, decode = tiles * blocks * out_blocks * r, tiles * blocks * t**2 * r, tiles * out_blocks * t**2 * r
+    return LayerCount(
+        name, "stl", core + encode + decode, rows * k * m, core, encode, decode, rows, k, m, t, r, _parameters(layer)
+    )
+
+
+def count_flops(model: nn.Module, input_shape: Sequence[int]) -> FlopReport:
+    """Count the MACs of one forward pass in evaluation mode, from shapes alone: nothing is computed.
+
+    `input_shape` is the shape of the model's one float input with its batch axis; for an image model (3, H, W) is
+    taken as a batch of one. Dense and STL layers, also those of `convert`ed models, have a row each, and so has the
+    rest of every module that multiplies matrices or convolves.
+
+    Raises SettingError where the model does not take an input of this shape.
+    """
+    shape = tuple(int(size) for size in input_shape)
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+        raise SettingError(f"{type(model).__name__} holds lazy layers that have no sizes yet; run one batch first")
+    try:
+        return _count(model, shape)
+    except Exception as error:
+        if len(shape) == 3:
+            try:
+                return _count(model, (1, *shape))
+            except Exception:
+                pass  # the error for the shape as given says more
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SettingError(f"{type(model).__name__} does not take an input of shape {shape}: {reason}") from error
+
+
+def _count(model: nn.Module, shape: tuple[int, ...]) -> FlopReport:
+    training = [module for module in model.modules() if module.training]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    counter = FlopCounterMode(display=False)
+    tally = _Tally(model, counter)
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        stack.callback(_set_training, training)
+        torch.backends.mha.set_fastpath_enabled(False)  # fused encoder layers are opaque to the counter
+        model.eval()
+        for module in model.modules():
+            stack.enter_context(module.register_forward_pre_hook(tally.enter))
+            stack.enter_context(module.register_forward_hook(tally.leave, with_kwargs=True))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(counter)
+        model(torch.zeros(shape, device=like.device, dtype=like.dtype))
+    return FlopReport(shape, tuple(tally.rows), sum(p.numel() for p in model.parameters()))
+
+
+def _set_training(modules: list[nn.Module]) -> None:
+    for module in modules:
+        module.training = True
+
+
+class _Tally:
+    """Forward hooks that keep a row for every linear layer, and one for what else each module computes itself."""
+
+    def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
+        self.rows: list[LayerCount] = []
+        self._names = {module: name for name, module in model.named_modules()}
+        self._counter = counter
+        self._open: list[list[int]] = []  # for each module being run: FLOPs when it began, FLOPs of its children
+
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        self._open.append([self._counter.get_total_flops(), 0])
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        began, children = self._open.pop()
+        spent = self._counter.get_total_flops() - began
+        if self._open:
+            self._open[-1][1] += spent
+        name = self._names[module]
+        if isinstance(module, STLLinear):
+            self.rows.append(stl_count(name, module, _input(args, kwargs, 0, "x").shape))
+            return
+        linear = _dense_rows(name, module, args, kwargs)
+        products = (spent - children) // 2 - sum(row.macs for row in linear)
+        self.rows += linear
+        if products > 0:
+            self.rows.append(LayerCount(name, "product", products, products, products))
+
+
+def _dense_rows(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[LayerCount]:
+    """The dense linear layers that this module, not one of its children, computes."""
+    if isinstance(module, nn.Linear):
+        rows = prod(_input(args, kwargs, 0, "input").shape[:-1])
+        return [dense_count(name, rows, module.in_features, module.out_features, _parameters(module))]
+    if isinstance(module, nn.MultiheadAttention):
+        query, key, value = (_input(args, kwargs, i, role) for i, role in enumerate(("query", "key", "value")))
+        width, out = module.embed_dim, module.out_proj
+        counts = []
+        for role, x in (("q_proj", query), ("k_proj", key), ("v_proj", value)):
+            k = x.shape[-1]
+            params = (k + (module.in_proj_bias is not None)) * width
+            counts.append(dense_count(f"{name}.{role}", prod(x.shape[:-1]), k, width, params))
+        out_rows = prod(query.shape[:-1])
+        return [*counts, dense_count(f"{name}.out_proj", out_rows, width, width, _parameters(out))]
+    return []
+
+
+def _input(args: tuple, kwargs: dict[str, Any], position: int, keyword: str) -> Tensor:
+    return args[position] if len(args) > position else kwargs[keyword]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

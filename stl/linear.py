@@ -1,0 +1,175 @@
+"""STLLinear: a linear layer whose weight is kept, and trained, encoded."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from stl.basis import get_basis
+from stl.errors import SettingError
+from stl.functional import ROW_AXES, encode_weight, stl_linear
+
+SPEC_BYTES = 96
+
+
+class STLLinear(nn.Module):
+    """Drop-in for `torch.nn.Linear`: encode → r batched GEMMs → decode (arXiv 2503.12211).
+
+    Attributes: `weight` (r, ⌈k/t⌉, ⌈m/t⌉), `encoder` (r, t²), `decoder` (r, t²), `bias` (m,) or None.
+
+    Input (..., n, k), output (..., n, m). The t rows of a tile mix where the basis is not exact, so it matters which
+    rows share a tile:
+
+    - `row_axis="tokens"`: neighbours along axis −2. A 2-D input is (batch, features), as everywhere in PyTorch: each
+      sample is then one token, alone in its tile, so that samples never mix.
+    - `row_axis="batch"`: t samples along axis 0 at the same position; nothing passes between positions.
+
+    With `train_basis=False` encoder and decoder are buffers and stay as they are.
+    Raises SettingError where no such basis exists or a size is not positive.
+    """
+
+    weight: Tensor
+    encoder: Tensor
+    decoder: Tensor
+    bias: Tensor | None
+    spec: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        tile: int = 4,
+        rank: int = 16,
+        basis: str = "hadamard",
+        row_axis: str = "tokens",
+        train_basis: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise SettingError(f"in_features={in_features} out_features={out_features} must both be positive")
+        if row_axis not in ROW_AXES:
+            raise SettingError(f"row_axis={row_axis!r} is unknown; choose one of {', '.join(ROW_AXES)}")
+        matrices = get_basis(basis, tile, rank)
+        self.in_features, self.out_features = in_features, out_features
+        self.tile, self.rank, self.basis, self.row_axis = tile, rank, basis, row_axis
+        like = torch.empty(0, device=device, dtype=dtype)
+        self.weight = nn.Parameter(like.new_empty(rank, math.ceil(in_features / tile), math.ceil(out_features / tile)))
+        for role, matrix in (("encoder", matrices.encode_x), ("decoder", matrices.decode)):
+            if train_basis:
+                self.register_parameter(role, nn.Parameter(matrix.to(like, copy=True)))
+            else:
+                self.register_buffer(role, matrix.to(like, copy=True))
+        self.register_parameter("bias", nn.Parameter(like.new_empty(out_features)) if bias else None)
+        # Goes with the weights in every file format, so that a checkpoint of other settings is told apart by name.
+        self.register_buffer("spec", self._encode_spec().to(like.device))
+        self.reset_parameters()
+
+    @property
+    def train_basis(self) -> bool:
+        return isinstance(self.encoder, nn.Parameter)
+
+    def reset_parameters(self, std: float | None = None) -> None:
+        """Draw the weight so that the output has the variance of a dense layer drawn with this standard deviation.
+
+        `std` defaults to that of `torch.nn.Linear`, √(1/3k). A channel's GEMM sums over k/t encoded values only, so
+        the encoded weight starts with t³ / Σ_q |encode_x_q|²·|decode_q|² times the dense variance: t times for an
+        orthonormal basis of rank t². Encoder and decoder go back to the basis, the bias to zero.
+        """
+        matrices = get_basis(self.basis, self.tile, self.rank)
+        std = (1 / (3 * self.in_features)) ** 0.5 if std is None else std
+        energy = (matrices.encode_x.square().sum(1) * matrices.decode.square().sum(1)).sum().item()
+        gain = (self.tile**3 / energy) ** 0.5
+        with torch.no_grad():
+            nn.init.normal_(self.weight, std=std * gain)
+            self.encoder.copy_(matrices.encode_x)
+            self.decoder.copy_(matrices.decode)
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def load_dense(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Start from a dense layer: weight (m, k) as in `torch.nn.Linear` is encoded with the basis's encode_w."""
+        if weight.shape != (self.out_features, self.in_features):
+            raise SettingError(f"dense weight {tuple(weight.shape)}, needed {(self.out_features, self.in_features)}")
+        encode_w = get_basis(self.basis, self.tile, self.rank).encode_w.to(weight.device)
+        with torch.no_grad():
+            self.weight.copy_(encode_weight(weight.detach().T.double(), encode_w))
+            if self.bias is not None and bias is not None:
+                self.bias.copy_(bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, from_dense: bool = True, **settings) -> "STLLinear":
+        """An STLLinear of the same sizes, device and dtype, frozen where `linear` is; `settings` as in the constructor.
+
+        With `from_dense` it starts from the dense weight (exact bases then give the same outputs), otherwise from a
+        fresh draw, as for training from scratch.
+        """
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+            **settings,
+        )
+        if from_dense:
+            layer.load_dense(linear.weight, linear.bias)
+        if not linear.weight.requires_grad:
+            for tensor in (layer.weight, layer.encoder, layer.decoder):
+                tensor.requires_grad_(False)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(linear.bias.requires_grad)
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim < 1 or x.shape[-1] != self.in_features:  # within its padding, stl_linear would take other sizes too
+            raise SettingError(f"x has shape {tuple(x.shape)}; in_features={self.in_features} must be its last size")
+        lone_rows = x.ndim == 1 or (x.ndim == 2 and self.row_axis == "tokens")
+        y = stl_linear(
+            x.unsqueeze(-2) if lone_rows else x,
+            self.weight,
+            self.encoder,
+            self.decoder,
+            self.bias,
+            row_axis=self.row_axis,
+            out_features=self.out_features,
+        )
+        return y.squeeze(-2) if lone_rows else y
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"tile={self.tile}, rank={self.rank}, basis={self.basis!r}, row_axis={self.row_axis!r}, "
+            f"train_basis={self.train_basis}"
+        )
+
+    def _encode_spec(self) -> Tensor:
+        sizes = f"in={self.in_features} out={self.out_features}"
+        text = f"{sizes} tile={self.tile} rank={self.rank} basis={self.basis} row_axis={self.row_axis}"
+        return torch.tensor(list(text.encode().ljust(SPEC_BYTES)), dtype=torch.uint8)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        name = prefix.removesuffix(".") or "layer"
+        saved, own = state_dict.get(prefix + "spec"), self._encode_spec()
+        if saved is not None and not torch.equal(saved.cpu(), own):
+            error_msgs.append(f"{name}: the checkpoint has {_decode_spec(saved)}, the model {_decode_spec(own)}")
+            return
+        weight = state_dict.get(prefix + "weight")
+        if saved is None and weight is not None and weight.ndim == 2:
+            error_msgs.append(
+                f"{name}: the checkpoint has a dense weight {tuple(weight.shape)}, the model {_decode_spec(own)}; "
+                "load it into the dense model and convert that with from_dense=True"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _decode_spec(spec: Tensor) -> str:
+    return bytes(spec.tolist()).decode("ascii", "replace").strip()

@@ -1,0 +1,87 @@
+"""Checkpoints that are missing, truncated, foreign or hostile."""
+
+import logging
+import os
+
+import pytest
+import torch
+
+from models.checkpoint import load_checkpoint
+from models.task import check_same_model
+from stl import SettingError
+
+
+def save(path, epoch):
+    torch.save({"config": {"model": {}}, "state_dict": {"weight": torch.arange(1000.0)}, "epoch": epoch}, path)
+    os.utime(path, (epoch, epoch))
+    return path
+
+
+def test_a_sound_checkpoint_is_read(tmp_path):
+    checkpoint, path = load_checkpoint(save(tmp_path / "last.ckpt", 3))
+    assert checkpoint["epoch"] == 3
+    assert path == tmp_path / "last.ckpt"
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 2000, -1])
+def test_a_truncated_one_falls_back_to_the_one_before_and_says_so(tmp_path, keep, caplog):
+    save(tmp_path / "001.ckpt", 1)
+    save(tmp_path / "002.ckpt", 2)
+    newest = save(tmp_path / "003.ckpt", 3)
+    newest.write_bytes(newest.read_bytes()[:keep])
+    (tmp_path / "last.ckpt").symlink_to("003.ckpt")
+    with caplog.at_level(logging.WARNING):
+        checkpoint, path = load_checkpoint(tmp_path / "last.ckpt")
+    assert checkpoint["epoch"] == 2
+    assert path == tmp_path / "002.ckpt"
+    assert "last.ckpt is damaged; trying the one before it" in caplog.text
+
+
+def test_a_truncated_one_alone_is_an_error(tmp_path):
+    path = save(tmp_path / "last.ckpt", 1)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(SettingError, match="is damaged and no readable one is beside it"):
+        load_checkpoint(path)
+
+
+def test_a_missing_one_is_an_error(tmp_path):
+    with pytest.raises(SettingError, match=r"nothing\.ckpt' does not exist; give the path of a .ckpt file"):
+        load_checkpoint(tmp_path / "nothing.ckpt")
+
+
+class Hostile:
+    """What a pickle that runs code looks like."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    torch.save({"config": {}, "state_dict": Hostile(tmp_path / "ran")}, tmp_path / "last.ckpt")
+    with pytest.raises(SettingError, match="would run code on loading"):
+        load_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_of_another_program_is_refused(tmp_path):
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.ckpt")
+    with pytest.raises(SettingError, match=r"is not one that train.py wrote: it has no config"):
+        load_checkpoint(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "saved", "own"),
+    [
+        ("linear", "tile", 4, 2),
+        ("linear", "rank", 16, 24),
+        ("linear", "basis", "frame", "random"),
+        ("model", "name", "a", "b"),
+    ],
+)
+def test_a_checkpoint_of_another_model_shows_both_sides(group, key, saved, own):
+    check_same_model({group: {key: saved}}, {group: {key: saved}})
+    with pytest.raises(SettingError, match=f"{group}.{key}={saved} in the checkpoint, {own} here"):
+        check_same_model({group: {key: saved}}, {group: {key: own}})

@@ -1,0 +1,39 @@
+"""train.py and other programs of ours, in this process or in their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+import train
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+QUICK = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1", "data.batch_size=8"]
+QUICK += ["callbacks.progress_bar=null", "trainer.accelerator=cpu"]
+
+
+def run(folder: Path, *overrides: str) -> dict:
+    """train.py in this process; returns summary.json."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(folder)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    train.train(cfg, folder)
+    return json.loads((folder / "summary.json").read_text())
+
+
+def program(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """A program of ours in its own process, without a wandb login."""
+    env = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, env=env)

@@ -1,0 +1,59 @@
+"""scripts/compare.py reads summaries and nothing else."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+spec = importlib.util.spec_from_file_location("compare", ROOT / "scripts" / "compare.py")
+compare = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compare)
+
+
+def write(folder, **changes):
+    run = {
+        "dataset": "digits",
+        "model": "t2t_vit_tiny",
+        "linear": {"type": "stl", "tile": 4, "rank": 16, "basis": "frame"},
+        "top1": 98.25,
+        "params": 1234567,
+        "macs": {"total": 2_000_000, "linear": 1_000_000},
+        "flop_factor": {"core": 4.0, "linear": 2.5, "total": 1.75},
+        "epochs": 3,
+        "seed": 0,
+        "wall_seconds": 61.2,
+        "date": "2026-01-02T00:00:00+00:00",
+        "device": "2-thread CPU",
+        "git_commit": "0123456789abcdef",
+        "versions": {"torch": "2.11.0"},
+    }
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps({**run, **changes}))
+
+
+def run_script(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
+    compare.main()
+
+
+def test_one_table_and_one_plot_of_the_newest_run_of_each_setting(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "a" / "0", linear={"type": "dense", "tile": None, "rank": None, "basis": None}, top1=97.5)
+    write(tmp_path / "a" / "1")
+    write(tmp_path / "b", top1=98.75, date="2026-01-03T00:00:00+00:00")
+    run_script(monkeypatch, tmp_path, "--out", tmp_path / "out")
+    table = (tmp_path / "out" / "compare.md").read_text()
+    assert "| dense | 97.50 | 1.235 | 1.000 | 2.000 | 4.00 | 2.50 | 1.75 | 61 |" in table
+    assert "| stl t=4 r=16 frame | 98.75 |" in table
+    assert "98.25" not in table
+    assert "2-thread CPU, 2026-01-03, commit 0123456789ab; torch 2.11.0" in table
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
+    assert len(json.loads((tmp_path / "out" / "compare.json").read_text())) == 2
+    assert "98.75" in capsys.readouterr().out
+
+
+def test_no_runs_is_an_error_of_one_line(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"error: no summary.json below .*; train something first"):
+        run_script(monkeypatch, tmp_path)
