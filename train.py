@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import pytorch_lightning as pl
@@ -15,6 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from data.datamodule import ImageDataModule
 from models.callbacks import RunSummary
 from models.checkpoint import load_checkpoint
 from models.task import ClassificationTask, check_same_model
@@ -23,7 +24,7 @@ from stl import SettingError, count_flops
 log = logging.getLogger(__name__)
 
 
-def build(cfg: DictConfig) -> tuple[ClassificationTask, pl.LightningDataModule]:
+def build(cfg: DictConfig) -> tuple[ClassificationTask, ImageDataModule]:
     """The task and the data module that a configuration describes."""
     data = instantiate(cfg.data)
     linear = instantiate(cfg.linear)
@@ -34,12 +35,12 @@ def build(cfg: DictConfig) -> tuple[ClassificationTask, pl.LightningDataModule]:
         optimizer=instantiate(cfg.optimizer),
         scheduler=instantiate(cfg.scheduler),
         label_smoothing=cfg.label_smoothing,
-        config=OmegaConf.to_container(cfg, resolve=True),
+        config=cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
     )
     return task, data
 
 
-def describe(cfg: DictConfig, data: Any) -> dict[str, Any]:
+def describe(cfg: DictConfig, data: ImageDataModule) -> dict[str, Any]:
     """The keys of summary.json that are known before training."""
     settings = {key: cfg.linear.get(key) for key in ("tile", "rank", "basis")}
     kind = cfg.linear._target_.rsplit(".", 1)[-1].removesuffix("Linear").lower() or "dense"

@@ -18,12 +18,12 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     "encoded" are the weights of STL layers, "basis" their encoders and decoders, "bias_norm" what is 1-D, biases and
     what the model lists in `no_weight_decay()`, "dense" the rest.
     """
-    special = {}
+    special: dict[str, str] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, STLLinear):
             dot = f"{prefix}." if prefix else ""
             special |= {f"{dot}weight": "encoded", f"{dot}encoder": "basis", f"{dot}decoder": "basis"}
-    undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    undecayed: set[str] = getattr(model, "no_weight_decay", set)()
 
     def role(name: str, dimensions: int) -> str:
         if name in special:

@@ -13,7 +13,7 @@ from timm.layers import DropPath, resample_abs_pos_embed, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models.tokens_to_token import TOKEN_LAYERS, Linear, TokensToToken, soft_split_strides
+from models.tokens_to_token import TOKEN_LAYERS, Linear, Size, TokensToToken, soft_split_strides
 from stl import SettingError, STLLinear
 
 LINEAR_GROUPS = ("backbone", "t2t", "head")
@@ -86,6 +86,9 @@ class T2TViT(nn.Module):
     Raises SettingError for an unknown group or order, or an image size out of range.
     """
 
+    _order: Tensor | None
+    _raster: Tensor | None
+
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
@@ -108,17 +111,18 @@ class T2TViT(nn.Module):
         t2t_drop_rate: float = 0.1,
     ) -> None:
         super().__init__()
-        image = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        _check(image, tokens, linear_groups, token_order)
+        _check(img_size, tokens, linear_groups, strides, token_order)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        image: Size = (height, width)
         makers = {group: linear if group in linear_groups else nn.Linear for group in LINEAR_GROUPS}
         self.img_size = image
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self._head = makers["head"]
 
-        steps = soft_split_strides(image) if strides is None else tuple(strides)
+        first, second, third = strides or soft_split_strides(image)
         self.tokens_to_token = TokensToToken(
-            image, steps, tokens, in_chans, token_dim, embed_dim, makers["t2t"], t2t_drop_rate
+            image, (first, second, third), tokens, in_chans, token_dim, embed_dim, makers["t2t"], t2t_drop_rate
         )
         self.grid_size = self.tokens_to_token.grids[-1]
         order = token_permutation(self.grid_size, token_order)
@@ -227,11 +231,16 @@ def token_permutation(grid: tuple[int, int], order: str) -> Tensor | None:
     return torch.tensor([r * columns + c for r, c in cells])
 
 
-def _check(image: tuple[int, ...], tokens: str, groups: Sequence[str], order: str) -> None:
-    if len(image) != 2 or not all(32 <= side <= 384 for side in image):
-        raise SettingError(f"img_size={image} must be one side, or height and width, from 32 to 384 pixels")
+def _check(
+    img_size: int | Sequence[int], tokens: str, groups: Sequence[str], strides: Sequence[int] | None, order: str
+) -> None:
+    sides = [img_size] if isinstance(img_size, int) else list(img_size)
+    if len(sides) > 2 or not all(32 <= side <= 384 for side in sides):
+        raise SettingError(f"img_size={img_size} must be one side, or height and width, from 32 to 384 pixels")
     if tokens not in TOKEN_LAYERS:
         raise SettingError(f"tokens={tokens!r} is unknown; choose one of {', '.join(TOKEN_LAYERS)}")
+    if strides is not None and (len(strides) != 3 or min(strides) < 1):
+        raise SettingError(f"strides={list(strides)} must be three positive numbers, one a soft split, or null")
     if order not in TOKEN_ORDERS:
         raise SettingError(f"token_order={order!r} is unknown; choose one of {', '.join(TOKEN_ORDERS)}")
     if unknown := [group for group in groups if group not in LINEAR_GROUPS]:
@@ -252,7 +261,7 @@ _14 = {"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3.0}
 _19 = {"embed_dim": 448, "depth": 19, "num_heads": 7, "mlp_ratio": 3.0}
 _24 = {"embed_dim": 512, "depth": 24, "num_heads": 8, "mlp_ratio": 3.0}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "t2t_vit_tiny": {"embed_dim": 64, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0, "token_dim": 32, "img_size": 32},
+    "t2t_vit_tiny": {"embed_dim": 96, "depth": 3, "num_heads": 3, "mlp_ratio": 2.0, "token_dim": 32, "img_size": 32},
     "t2t_vit_7": {**_NARROW, "depth": 7},
     "t2t_vit_10": {**_NARROW, "depth": 10},
     "t2t_vit_12": {**_NARROW, "depth": 12},

@@ -58,9 +58,9 @@ class ClassificationTask(pl.LightningModule):
         self.log("top1", self.top1, prog_bar=True, batch_size=len(images))
         self.log("top5", self.top5, batch_size=len(images))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = self._optimizer(self.model)
-        epochs = self.trainer.max_epochs
+        epochs = self.trainer.max_epochs or 1
         steps = self.trainer.estimated_stepping_batches
         scheduler = self._scheduler(optimizer, epochs=epochs, steps_per_epoch=steps / epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -22,19 +22,16 @@ PADDINGS = (2, 1, 1)
 
 def soft_split_strides(image: Size) -> tuple[int, int, int]:
     """Strides of the three soft splits: 4, 2, 2 as published; the last ones 1 where fewer than 8×8 tokens remain."""
-    strides = [4, 2, 2]
-    for last in (2, 1):
-        if min(image) // math.prod(strides) < 8:
-            strides[last] = 1
-    return tuple(strides)
+    side = min(image)
+    return 4, 2 if side >= 64 else 1, 2 if side >= 128 else 1
 
 
 def soft_split_grids(image: Size, strides: tuple[int, int, int]) -> list[Size]:
     """The (rows, columns) of tokens after each soft split."""
-    grids, size = [], image
+    grids, (rows, columns) = [], image
     for kernel, stride, padding in zip(KERNELS, strides, PADDINGS, strict=True):
-        size = tuple((side + 2 * padding - kernel) // stride + 1 for side in size)
-        grids.append(size)
+        rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in (rows, columns))
+        grids.append((rows, columns))
     return grids
 
 

@@ -1,7 +1,7 @@
 """What models cost, dense and with STL layers, counted analytically: parameters, GMACs and the three FLOP factors.
 
-    python scripts/flops.py                                   # the published T2T-ViTs; writes results/flops.{md,json}
-    python scripts/flops.py deit_small_patch16_224 --layers   # any timm model, a row a layer
+python scripts/flops.py                                   # the published T2T-ViTs; writes results/flops.{md,json}
+python scripts/flops.py deit_small_patch16_224 --layers   # any timm model, a row a layer
 """
 
 import argparse

@@ -181,8 +181,8 @@ def _build(name: str, tile: int, rank: int) -> Basis:
 
 
 def _missing(name: str, tile: int, rank: int) -> str:
-    own = {t: _ranges(available_ranks(name, t)) for t in (2, 3, 4, 8)}
-    has = "; ".join(f"tile={t}: rank {text}" for t, text in own.items() if text)
+    own = {t: _ranges(available_ranks(name, t)) for t in sorted({2, 3, 4, 8, min(tile, 16)})}
+    has = "; ".join(f"tile={t}: rank {text}" for t, text in own.items() if text) or f"none of tile={tile}"
     others = ", ".join(list_bases(tile, rank)) or "no family"
     return f"basis={name!r} has no tile={tile} rank={rank}; it has {has}; tile={tile} rank={rank} exists in: {others}"
 

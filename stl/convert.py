@@ -53,6 +53,10 @@ def convert(
         row_axis, train_basis: as in `STLLinear`. Layers that PyTorch's transformer feeds (tokens, batch, features)
             get the axis that means the same there.
 
+    A layer that sees one row a sample, as class heads do, costs r/t² times the dense one: leave it out with `exclude`.
+    Models that hand `layer.weight` to a function themselves (some of timm's with a joint query-key-value layer, say)
+    fail at once with a complaint about a 3-D weight; exclude those layers too.
+
     Returns:
         A report of the layers swapped, and of those left with the reason.
 
@@ -194,5 +198,5 @@ def _match(names: list[str], patterns: tuple[str, ...]) -> bool:
 def _check_patterns(setting: str, patterns: tuple[str, ...], places: list[_Place]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(place.name, pattern) for place in places):
-            some = ", ".join(place.name for place in places[:4])
-            raise SettingError(f"{setting}={pattern!r} matches no linear layer; the model has {some}, …")
+            some = ", ".join([place.name for place in places[:4]] + ["…"] * (len(places) > 4))
+            raise SettingError(f"{setting}={pattern!r} matches no linear layer; the model has {some}")

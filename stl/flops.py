@@ -5,6 +5,8 @@ and M = ⌈m/t⌉: core N·K·M·r, encode N·K·t²·r and decode N·M·t²·r.
 due. What is not a linear layer (attention and performer products, convolutions) is counted by PyTorch itself.
 """
 
+import copy
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -145,43 +147,36 @@ def count_flops(model: nn.Module, input_shape: Sequence[int]) -> FlopReport:
     shape = tuple(int(size) for size in input_shape)
     if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
         raise SettingError(f"{type(model).__name__} holds lazy layers that have no sizes yet; run one batch first")
-    try:
-        return _count(model, shape)
-    except Exception as error:
-        if len(shape) == 3:
-            try:
-                return _count(model, (1, *shape))
-            except Exception:
-                pass  # the error for the shape as given says more
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SettingError(f"{type(model).__name__} does not take an input of shape {shape}: {reason}") from error
+    reasons, cause = [], None
+    for candidate in [shape, (1, *shape)] if len(shape) == 3 else [shape]:
+        try:
+            return _count(model, candidate)
+        except Exception as error:
+            reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+            cause = error
+    reason = "; as a batch of one: ".join(dict.fromkeys(reasons))
+    raise SettingError(f"{type(model).__name__} does not take an input of shape {shape}: {reason}") from cause
 
 
 def _count(model: nn.Module, shape: tuple[int, ...]) -> FlopReport:
-    training = [module for module in model.modules() if module.training]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+    params, log = sum(p.numel() for p in model.parameters()), logging.getLogger("torch._subclasses.fake_tensor")
+    counter, fake = FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(fake):  # takes no memory, and spares the model: some keep tensors of a forward pass
+        model = copy.deepcopy(model).eval().requires_grad_(False)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    counter = FlopCounterMode(display=False)
     tally = _Tally(model, counter)
     with ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
-        stack.callback(_set_training, training)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # fused encoder layers are opaque to the counter
-        model.eval()
+        stack.callback(setattr, log, "disabled", log.disabled)
+        log.disabled = True  # what goes wrong is raised
         for module in model.modules():
-            stack.enter_context(module.register_forward_pre_hook(tally.enter))
-            stack.enter_context(module.register_forward_hook(tally.leave, with_kwargs=True))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(counter)
+            module.register_forward_pre_hook(tally.enter)
+            module.register_forward_hook(tally.leave, with_kwargs=True)
+        for mode in (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), fake, counter):
+            stack.enter_context(mode)
         model(torch.zeros(shape, device=like.device, dtype=like.dtype))
-    return FlopReport(shape, tuple(tally.rows), sum(p.numel() for p in model.parameters()))
-
-
-def _set_training(modules: list[nn.Module]) -> None:
-    for module in modules:
-        module.training = True
+    return FlopReport(shape, tuple(tally.rows), params)
 
 
 class _Tally:

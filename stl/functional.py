@@ -72,7 +72,7 @@ def stl_linear(
         backend: "torch" is this reference; "auto" picks the fastest there is.
 
     Returns:
-        (..., n, m).
+        (..., n, m), contiguous.
 
     Raises:
         SettingError: shapes that do not fit each other, an unknown row_axis or backend.
@@ -89,7 +89,7 @@ def stl_linear(
     y = from_tiles(decoded.view(tile**2, *shape, weight.shape[-1]), n, out_features)
     if row_axis == "batch":
         y = y.movedim(-2, 0)
-    return y if bias is None else y + bias.to(y.dtype)
+    return (y if bias is None else y + bias.to(y.dtype)).contiguous()
 
 
 def stl_matmul(x: Tensor, w: Tensor, basis: Basis) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stl.basis import get_basis
+from stl.basis import Basis, get_basis
 from stl.errors import SettingError
 from stl.functional import ROW_AXES, encode_weight, stl_linear
 
@@ -79,33 +79,40 @@ class STLLinear(nn.Module):
         the encoded weight starts with t³ / Σ_q |encode_x_q|²·|decode_q|² times the dense variance: t times for an
         orthonormal basis of rank t². Encoder and decoder go back to the basis, the bias to zero.
         """
-        matrices = get_basis(self.basis, self.tile, self.rank)
+        matrices = self._reset_basis()
         std = (1 / (3 * self.in_features)) ** 0.5 if std is None else std
         energy = (matrices.encode_x.square().sum(1) * matrices.decode.square().sum(1)).sum().item()
-        gain = (self.tile**3 / energy) ** 0.5
         with torch.no_grad():
-            nn.init.normal_(self.weight, std=std * gain)
-            self.encoder.copy_(matrices.encode_x)
-            self.decoder.copy_(matrices.decode)
+            self.weight.normal_(std=std * (self.tile**3 / energy) ** 0.5)
             if self.bias is not None:
                 self.bias.zero_()
 
     def load_dense(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Start from a dense layer: weight (m, k) as in `torch.nn.Linear` is encoded with the basis's encode_w."""
+        """Start from a dense layer: weight (m, k) as in `torch.nn.Linear` is encoded with the basis's encode_w.
+
+        Encoder and decoder go back to the basis. Raises SettingError for a weight of another size.
+        """
         if weight.shape != (self.out_features, self.in_features):
             raise SettingError(f"dense weight {tuple(weight.shape)}, needed {(self.out_features, self.in_features)}")
-        encode_w = get_basis(self.basis, self.tile, self.rank).encode_w.to(weight.device)
+        encode_w = self._reset_basis().encode_w.to(weight.device)
         with torch.no_grad():
             self.weight.copy_(encode_weight(weight.detach().T.double(), encode_w))
             if self.bias is not None and bias is not None:
                 self.bias.copy_(bias)
+
+    @torch.no_grad()
+    def _reset_basis(self) -> Basis:
+        basis = get_basis(self.basis, self.tile, self.rank)
+        self.encoder.copy_(basis.encode_x)
+        self.decoder.copy_(basis.decode)
+        return basis
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, from_dense: bool = True, **settings) -> "STLLinear":
         """An STLLinear of the same sizes, device and dtype, frozen where `linear` is; `settings` as in the constructor.
 
         With `from_dense` it starts from the dense weight (exact bases then give the same outputs), otherwise from a
-        fresh draw, as for training from scratch.
+        fresh draw that takes over the dense weight's standard deviation and the bias, as for training from scratch.
         """
         layer = cls(
             linear.in_features,
@@ -117,6 +124,10 @@ class STLLinear(nn.Module):
         )
         if from_dense:
             layer.load_dense(linear.weight, linear.bias)
+        elif not linear.weight.is_meta:
+            layer.reset_parameters(std=linear.weight.std(correction=0).item())
+            if layer.bias is not None:
+                layer.bias.data.copy_(linear.bias)
         if not linear.weight.requires_grad:
             for tensor in (layer.weight, layer.encoder, layer.decoder):
                 tensor.requires_grad_(False)

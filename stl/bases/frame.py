@@ -23,17 +23,19 @@ def _transform(size: int) -> torch.Tensor:
 def tight_frame(tile: int, rank: int) -> torch.Tensor:
     """(rank, t²) float64 with rows of norm 1 and frameᵀ·frame = (rank/t²)·I.
 
-    Starts from copies of the orthonormal transform with random signs on the tile's entries, and projects in turn on the
-    tight frames and on the unit-norm rows (Tropp, Dhillon, Heath, Strohmer, "Designing structured tight frames via an
-    alternating projection method", 2005).
+    Starts from copies of the orthonormal transform, with random signs on the tile's entries from the second on, and for
+    the remaining rows from a random rotation: between copies alone, symmetry would leave it to rounding where the
+    projections end. Then projects in turn on the tight frames and on the unit-norm rows (Tropp, Dhillon, Heath,
+    Strohmer, "Designing structured tight frames via an alternating projection method", 2005).
     """
     generator = torch.Generator().manual_seed(1_000_003 * tile + rank)
     transform = torch.kron(_transform(tile), _transform(tile))
-    copies = [transform]
-    while len(copies) * tile**2 < rank:
+    copies, rest = [transform], rank % tile**2
+    for _ in range(1, rank // tile**2):
         signs = torch.randint(0, 2, (tile**2,), generator=generator, dtype=torch.float64) * 2 - 1
         copies.append(transform * signs)
-    frame = torch.cat(copies)[:rank]
+    rotation = torch.linalg.qr(torch.randn(tile**2, tile**2, generator=generator, dtype=torch.float64)).Q
+    frame = torch.cat([*copies, rotation[:rest]])
     for _ in range(2000):
         left, singular, right = torch.linalg.svd(frame, full_matrices=False)
         if singular.max() - singular.min() < 1e-13:

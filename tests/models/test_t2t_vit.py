@@ -126,7 +126,7 @@ def test_every_image_size_keeps_at_least_8_by_8_tokens(size):
     model = create(img_size=size, num_classes=3).eval()
     rows, columns = model.grid_size
     features = model.forward_features(torch.zeros(2, 3, *image))
-    assert features.shape == (2, 1 + rows * columns, 64)
+    assert features.shape == (2, 1 + rows * columns, 96)
     assert model.forward_head(features).shape == (2, 3)
 
 
@@ -226,9 +226,10 @@ def test_the_classifier_is_reset_to_any_number_of_classes():
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"img_size": 16}, r"img_size=\(16, 16\) must be one side, or height and width, from 32 to 384"),
+        ({"img_size": 16}, r"img_size=16 must be one side, or height and width, from 32 to 384"),
         ({"linear_groups": ["mlp"]}, "linear_groups has 'mlp'; choose from backbone, t2t, head"),
         ({"token_order": "spiral"}, "token_order='spiral' is unknown; choose one of raster, block"),
+        ({"strides": [4, 2]}, r"strides=\[4, 2\] must be three positive numbers, one a soft split, or null"),
         ({"tokens": "conv"}, "tokens='conv' is unknown; choose one of performer, transformer"),
     ],
 )

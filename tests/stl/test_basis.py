@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import stl.basis
 from stl import Basis, SettingError, STLLinear, bases, get_basis, list_bases, register_basis
+from stl.bases.frame import tight_frame
 from stl.basis import available_ranks, least_squares_encode_w, matmul_tensor
 
 few = settings(deadline=None, derandomize=True, max_examples=20)
@@ -136,6 +137,16 @@ def test_frame_is_tight_with_rows_of_norm_one_and_decodes_with_its_dual(tile, ra
     torch.testing.assert_close(basis.encode_x.norm(dim=1), torch.ones(rank, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(basis.encode_x.T @ basis.encode_x, eye * rank / tile**2, rtol=0, atol=1e-10)
     torch.testing.assert_close(basis.decode.T @ basis.encode_x, eye, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("tile", "rank"), [(3, 11), (4, 17), (4, 22), (4, 24), (4, 40), (6, 37), (8, 100)])
+def test_rounding_does_not_decide_which_frame_comes_out(tile, rank, monkeypatch):
+    """Another processor or number of threads rounds otherwise; the frame must be the same."""
+    torch.manual_seed(0)
+    svd = torch.linalg.svd
+    wanted = tight_frame(tile, rank)
+    monkeypatch.setattr(torch.linalg, "svd", lambda a, **kw: svd(a + 1e-15 * torch.randn_like(a), **kw))
+    torch.testing.assert_close(tight_frame(tile, rank), wanted, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("rank", [1, 9, 16, 17, 40, 64])

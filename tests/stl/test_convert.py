@@ -94,12 +94,15 @@ def test_the_settings_reach_every_layer(case):
         assert not layer.train_basis
 
 
-def test_from_scratch_draws_anew_with_the_scale_of_a_fresh_layer():
-    model = nn.Sequential(nn.Linear(64, 64))
-    nn.init.constant_(model[0].weight, 5.0)
+def test_from_scratch_draws_anew_and_keeps_the_scale_that_the_model_chose():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    nn.init.normal_(model[0].weight, std=0.02)
+    nn.init.constant_(model[0].bias, 3.0)
+    nn.init.zeros_(model[1].weight)  # as the last layer of a residual branch may start
     convert(model)
-    assert model[0].weight.std().item() == pytest.approx((4 / (3 * 64)) ** 0.5, rel=0.1)
-    assert model[0].bias.eq(0).all()
+    assert model[0].weight.std().item() == pytest.approx(2 * 0.02, rel=0.1)
+    assert model[0].bias.eq(3).all()
+    assert model[1].weight.eq(0).all()
 
 
 @pytest.mark.parametrize(

@@ -201,12 +201,13 @@ def test_attention_of_pytorch_has_a_row_for_every_projection(bias, need_weights)
 
 
 @pytest.mark.parametrize("case", ["deit", "mixer", "torchvision vit"], indirect=True)
-def test_an_image_shape_may_leave_out_the_batch_axis(case):
+def test_an_image_shape_may_leave_out_the_batch_axis(case, caplog):
     model = case.build()
     bare, full = count_flops(model, case.shape), count_flops(model, (1, *case.shape))
     assert bare == full
     assert count_flops(model, list(case.shape)).to_dict() == full.to_dict()
     assert count_flops(model, (3, *case.shape)).dense_macs["total"] == 3 * full.dense_macs["total"]
+    assert not caplog.records
 
 
 def test_to_dict_is_plain_json():
@@ -262,6 +263,41 @@ def test_counting_leaves_no_trace(case, enabled, fails):
     assert torch.equal(model(x), wanted)
 
 
+class Cached(nn.Module):
+    """Keeps a tensor from one forward pass to the next, as timm's LeViT and rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.cache = nn.Linear(4, 4), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape not in self.cache:
+            self.cache[x.shape] = torch.ones(x.shape)
+        return self.linear(x) + self.cache[x.shape]
+
+
+def test_what_a_model_caches_stays_real():
+    model = Cached()
+    count_flops(model, (2, 4))
+    assert model.cache == {}
+    assert not isinstance(model(torch.zeros(2, 4)), FakeTensor)
+
+
+class Queried(nn.Module):
+    """Feeds a layer with an expanded parameter, as timm's CaiT does; the bare counter of PyTorch fails on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.linear = nn.Parameter(torch.zeros(1, 1, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.query.expand(len(x), -1, -1))
+
+
+def test_a_layer_may_be_fed_with_a_parameter():
+    assert count_flops(Queried(), (2, 3, 4)).total == 2 * 4 * 4
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_nothing_is_computed(device):
     model = nn.Sequential(nn.Linear(1000, 100), make_layer(100, 8)).to(device)
@@ -284,7 +320,11 @@ class Silent(nn.Module):
     [
         (nn.Sequential(nn.Linear(8, 4)), (2, 7), ["Sequential does not take", "(2, 7)"]),
         (nn.Sequential(nn.Linear(8, 4)), (2, 3, 7), ["(2, 3, 7)"]),
-        (nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(1), nn.Linear(8, 4)), (3, 9, 9), ["(3, 9, 9)"]),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(1), nn.Linear(8, 4)),
+            (3, 9, 9),
+            ["(3, 9, 9)", "; as a batch of one: "],
+        ),
         (nn.Sequential(make_layer(8, 4)), (2, 7), ["(2, 7)", "in_features=8"]),
         (Silent(), (1,), ["Silent does not take", "NotImplementedError"]),
         (nn.Sequential(nn.LazyLinear(4)), (2, 7), ["Sequential holds lazy layers", "run one batch first"]),

@@ -192,6 +192,15 @@ def test_low_precision_stays_near_double_precision(dtype, tolerance, row_axis, a
 
 
 @pytest.mark.parametrize("row_axis", ["tokens", "batch"])
+@pytest.mark.parametrize("m", [6, 7])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_output_is_contiguous_as_that_of_a_dense_layer(m, with_bias, row_axis):
+    *arguments, bias = operands(7, m, 2, 5)
+    y = stl_linear(gaussian(3, 5, 7), *arguments, bias if with_bias else None, row_axis=row_axis, out_features=m)
+    assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("row_axis", ["tokens", "batch"])
 def test_the_layout_of_the_inputs_does_not_matter(row_axis):
     arguments = (gaussian(3, 5, 7), *operands(7, 6, 2, 5))
     wanted = stl_linear(*arguments, row_axis=row_axis)
