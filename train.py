@@ -22,6 +22,9 @@ from models.task import ClassificationTask, check_same_model
 from stl import SettingError, count_flops
 
 log = logging.getLogger(__name__)
+logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # tips and hardware notes
+warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # inside Lightning
+warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # train.log is there already
 
 
 def build(cfg: DictConfig) -> tuple[ClassificationTask, ImageDataModule]:
@@ -74,10 +77,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     log.info(
         "%s parameters, %s MACs an image, fewer than dense by: %s", f"{flops.params:,}", f"{flops.total:,}", factors
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # inside Lightning
-        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # train.log is there already
-        trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
     if (folder / "summary.json").exists():
         log.info("top-1 %.2f %%, written to %s", 100 * trainer.callback_metrics["top1"], folder / "summary.json")
 

@@ -14,10 +14,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("linear layers", "top-1 %", "params M", "linear MMACs", "total MMACs", "core ×", "linear ×", "total ×", "s")
+COLUMNS = ("linear layers", "top-1 %", "params M", "linear MMACs", "total MMACs", "× core / linear / total", "s")
 
 
 def label(run: dict[str, Any]) -> str:
@@ -47,7 +48,7 @@ def cells(run: dict[str, Any]) -> list[str]:
         label(run),
         f"{run['top1']:.2f}",
         *(f"{count / 1e6:.3f}" for count in (run["params"], run["macs"]["linear"], run["macs"]["total"])),
-        *(f"{factor[key]:.2f}" for key in ("core", "linear", "total")),
+        " / ".join(f"{factor[key]:.2f}" for key in ("core", "linear", "total")),
         f"{run['wall_seconds']:.0f}",
     ]
 
@@ -74,12 +75,12 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for run in runs:
         axes.plot(run["macs"]["total"] / 1e6, run["top1"], "o", markersize=9, label=label(run))
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.1 * max(run["macs"]["total"] for run in runs) / 1e6)
     axes.set(xlabel="MACs of one image, millions", ylabel="top-1, %")
     axes.set_title(f"{runs[-1]['model']} on {runs[-1]['dataset']}", fontsize=11)
     axes.margins(y=0.3)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -97,13 +98,15 @@ def main() -> None:
     (out / "compare.md").write_text(markdown(runs))
     (out / "compare.json").write_text(json.dumps(runs, indent=2) + "\n")
     plot(runs, out / "compare.png")
-    table = Table(caption=heading(runs))
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == COLUMNS[0] else "right", no_wrap=column == COLUMNS[0])
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for index, column in enumerate(COLUMNS):
+        width = max(len(cells(run)[index]) for run in runs)
+        table.add_column(column, justify="right" if index else "left", min_width=width)
     for run in runs:
         table.add_row(*cells(run))
-    console = Console()
+    console = Console(width=max(100, Console().width))
     console.print(table)
+    console.print(heading(runs))
     console.print(f"table: {out / 'compare.md'}   plot: {out / 'compare.png'}", soft_wrap=True)
 
 

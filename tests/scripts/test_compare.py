@@ -45,7 +45,7 @@ def test_one_table_and_one_plot_of_the_newest_run_of_each_setting(tmp_path, monk
     write(tmp_path / "b", top1=98.75, date="2026-01-03T00:00:00+00:00")
     run_script(monkeypatch, tmp_path, "--out", tmp_path / "out")
     table = (tmp_path / "out" / "compare.md").read_text()
-    assert "| dense | 97.50 | 1.235 | 1.000 | 2.000 | 4.00 | 2.50 | 1.75 | 61 |" in table
+    assert "| dense | 97.50 | 1.235 | 1.000 | 2.000 | 4.00 / 2.50 / 1.75 | 61 |" in table
     assert "| stl t=4 r=16 frame | 98.75 |" in table
     assert "98.25" not in table
     assert "2-thread CPU, 2026-01-03, commit 0123456789ab; torch 2.11.0" in table
