@@ -14,9 +14,9 @@ install: .venv/installed
 
 train: install  ## dense and STL on the digits side by side, then one table and one plot
 	@mkdir -p outputs/digits
-	@$(BIN)/python train.py linear=dense callbacks.progress_bar=null > outputs/digits/dense.log 2>&1 & dense=$$!; \
+	@$(BIN)/python train.py linear=dense num_threads=1 callbacks.progress_bar=null > outputs/digits/dense.log 2>&1 & dense=$$!; \
 	echo "dense trains in the background (outputs/digits/dense.log), STL here:"; \
-	$(BIN)/python train.py linear=stl || { kill $$dense; exit 1; }; \
+	$(BIN)/python train.py linear=stl num_threads=1 || { kill $$dense; exit 1; }; \
 	wait $$dense || { cat outputs/digits/dense.log; exit 1; }
 	$(BIN)/python scripts/compare.py outputs/digits
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from models.callbacks import describe_device, write_json
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, load_weights
 from stl import SettingError, count_flops
 from train import build, describe, one_line_errors
 
@@ -49,28 +49,28 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     if cfg.batch_size:
         trained.data.eval_batch_size = cfg.batch_size
     task, data = build(trained)
-    try:
-        task.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise SettingError(f"checkpoint {str(path)!r} does not fit: {' '.join(str(error).split())}") from error
+    load_weights(task, checkpoint, path, task.config)
     flops = count_flops(task.model, (3, data.image_size, data.image_size)).to_dict()
     trainer = pl.Trainer(
         accelerator=cfg.accelerator, devices=1, precision=cfg.precision, logger=False, enable_model_summary=False
     )
     metrics = trainer.validate(task, data, verbose=False)[0]
     task.to(trainer.strategy.root_device).eval()
+    with trainer.precision_plugin.forward_context():
+        latencies = {
+            str(size): latency(task.model, size, data.image_size, cfg.latency.repeats)
+            for size in cfg.latency.batch_sizes
+        }
     figures = {
         "checkpoint": str(path),
-        **describe(trained, data),
+        **{key: value for key, value in describe(trained, data).items() if key != "overrides"},
         "top1": 100 * metrics["top1"],
         "top5": 100 * metrics["top5"],
         "val_loss": metrics["val_loss"],
         **{key: flops[key] for key in ("params", "macs", "dense_macs", "flop_factor")},
-        "latency_ms": {
-            str(size): latency(task.model, size, data.image_size, cfg.latency.repeats)
-            for size in cfg.latency.batch_sizes
-        },
+        "latency_ms": latencies,
         "device": describe_device(task.device),
+        "precision": cfg.precision,
     }
     # checkpoints/ lies in the run folder; a checkpoint that was moved gets the file beside it.
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
@@ -91,7 +91,7 @@ def show(figures: dict[str, Any], target: Path) -> None:
     for key, value in figures["flop_factor"].items():
         table.add_row(f"FLOP factor, {key}", f"{value:.2f}")
     for size, milliseconds in figures["latency_ms"].items():
-        table.add_row(f"latency, batch {size}", f"{milliseconds:.2f} ms on {figures['device']}")
+        table.add_row(f"latency, batch {size}", f"{milliseconds:.2f} ms, {figures['precision']}, {figures['device']}")
     console = Console()
     console.print(table)
     console.print(f"written to {target}", soft_wrap=True)

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "hydra-core", "
 
 
 class RunSummary(pl.Callback):
-    """Writes flops.json when training starts and summary.json when it has ended; accuracies in percent."""
+    """Writes flops.json when training starts, and summary.json, with accuracies in percent, when `write` is called."""
 
     def __init__(self, folder: Path, facts: dict[str, Any], flops: FlopReport) -> None:
         """`facts` are the keys of the summary that are known beforehand (dataset, model, linear, seed, …)."""
@@ -41,23 +42,23 @@ class RunSummary(pl.Callback):
             self._seconds += now - self._mark
         self._mark = now
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def write(self, trainer: pl.Trainer, metrics: Mapping[str, Any]) -> None:
+        """Write summary.json from the metrics of the last validation."""
         if not trainer.is_global_zero:
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         counts = self.flops.to_dict()
         summary = {
             **self.facts,
-            "top1": 100 * metrics["top1"],
-            "top5": 100 * metrics["top5"],
-            "val_loss": metrics["val_loss"],
+            "top1": 100 * float(metrics["top1"]),
+            "top5": 100 * float(metrics["top5"]),
+            "val_loss": float(metrics["val_loss"]),
             "params": self.flops.params,
             **{key: counts[key] for key in ("macs", "dense_macs", "flop_factor")},
             "epochs": trainer.current_epoch,
             "images_per_second": self._images / self._seconds if self._seconds else None,
             "wall_seconds": time.perf_counter() - self._began,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": describe_device(pl_module.device),
+            "device": describe_device(trainer.strategy.root_device),
             "precision": str(trainer.precision),
             "git_commit": git_commit(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -77,12 +78,24 @@ class StopAtNonFiniteLoss(pl.Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
         if torch.isfinite(loss):
             return
-        layer = first_non_finite_layer(pl_module.model, self._batch[0])
+        with trainer.precision_plugin.forward_context():  # in the precision in which it happened
+            layer = first_non_finite_layer(pl_module.model, self._batch[0])
         kept = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
         raise SettingError(
             f"the loss is {loss.item()} at step {trainer.global_step} of epoch {trainer.current_epoch}, first in "
             f"{layer}; last good checkpoint: {kept}; lower optimizer.lr or train with trainer.precision=32-true"
         )
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """A gradient may overflow where the loss does not: such weights are never written."""
+        for name, value in checkpoint["state_dict"].items():
+            if value.is_floating_point() and not value.isfinite().all():
+                kept = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
+                raise SettingError(
+                    f"{name} holds NaN or infinite values at step {trainer.global_step} of epoch "
+                    f"{trainer.current_epoch}; last good checkpoint: {kept}; lower optimizer.lr or train with "
+                    "trainer.precision=32-true"
+                )
 
 
 @torch.no_grad()

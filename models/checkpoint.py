@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from stl import SettingError
 
@@ -28,7 +29,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Any], Path]:
         try:
             checkpoint = torch.load(candidate, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            if _is_zip(candidate):
+            if zipfile.is_zipfile(candidate):
                 raise SettingError(
                     f"checkpoint {str(candidate)!r} holds more than tensors and plain values, which would run code on "
                     "loading; use one that this project wrote"
@@ -38,11 +39,41 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Any], Path]:
         except (RuntimeError, EOFError, OSError, ValueError, KeyError):
             log.warning("checkpoint %s is damaged; trying the one before it", candidate)
             continue
-        if not isinstance(checkpoint, dict) or "config" not in checkpoint or "state_dict" not in checkpoint:
+        if not (isinstance(checkpoint, dict) and {"state_dict", "config"} <= set(checkpoint)) or not {
+            *_IDENTITY,
+            "data",
+        } <= set(checkpoint["config"]):
             raise SettingError(f"checkpoint {str(candidate)!r} is not one that train.py wrote: it has no config")
         return checkpoint, candidate
     raise SettingError(f"checkpoint {str(path)!r} is damaged and no readable one is beside it; train again")
 
 
-def _is_zip(path: Path) -> bool:
-    return zipfile.is_zipfile(path)
+# What a checkpoint must share with the run that goes on from it, beyond the shapes of its weights.
+_IDENTITY = {
+    "model": ("name", "token_order", "strides", "linear_groups"),
+    "linear": ("_target_", "tile", "rank", "basis", "row_axis", "train_basis"),
+}
+
+
+def load_weights(task: nn.Module, checkpoint: dict[str, Any], path: Path, config: dict[str, Any]) -> None:
+    """Put the checkpoint's weights into `task`, which `config` describes.
+
+    Raises SettingError, with both sides, where the two are of different models.
+    """
+    saved = checkpoint["config"]
+    differences = []
+    for group, keys in _IDENTITY.items():
+        theirs, ours = saved[group], config[group]
+        for key in keys:
+            if key in theirs and key in ours and theirs[key] != ours[key]:
+                differences.append(f"{group}.{key}={theirs[key]} in the checkpoint, {ours[key]} here")
+    if differences:
+        raise SettingError(
+            f"checkpoint {str(path)!r} is of another model: {'; '.join(differences)}; make the settings agree"
+        )
+    try:
+        task.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" and {len(reasons) - 2} more" if len(reasons) > 2 else ""
+        raise SettingError(f"checkpoint {str(path)!r} does not fit: {' '.join(reasons[:2])}{more}") from error

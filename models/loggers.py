@@ -20,5 +20,5 @@ def wandb_logger(**settings: Any) -> WandbLogger:
     """A WandbLogger that is offline unless WANDB_MODE says otherwise or somebody is logged in."""
     if "WANDB_MODE" not in os.environ and not logged_in():
         log.warning("wandb: nobody is logged in, the run is kept offline; `wandb login`, then `wandb sync` the folder")
-        settings["offline"] = True
+        settings |= {"offline": True, "mode": "offline"}
     return WandbLogger(**settings)

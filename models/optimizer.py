@@ -1,5 +1,6 @@
 """Parameter groups by role, the optimizer over them, and the learning-rate schedule."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,8 +39,10 @@ def build_optimizer(
 ) -> Optimizer:
     """`algorithm` over one group a role, each with learning rate lr·lr_mult and its own weight_decay.
 
-    Raises SettingError where `groups` does not name exactly the four roles.
+    Raises SettingError where `groups` does not name exactly the four roles, or a number is out of range.
     """
+    if not (math.isfinite(lr) and lr > 0):
+        raise SettingError(f"optimizer.lr={lr} must be a positive number")
     if set(groups) != set(ROLES):
         raise SettingError(f"optimizer.groups has {sorted(groups)}; it needs exactly {', '.join(ROLES)}")
     roles = parameter_roles(model)
@@ -49,6 +52,8 @@ def build_optimizer(
         members = [parameters[name] for name, own in roles.items() if own == role]
         if members:
             settings = groups[role]
+            if not all(math.isfinite(value) and value >= 0 for value in settings.values()):
+                raise SettingError(f"optimizer.groups.{role}={dict(settings)} must hold numbers that are not negative")
             param_groups.append(
                 {
                     "params": members,
@@ -73,7 +78,12 @@ def cosine_schedule(
     """Linear warm-up from `warmup_lr`, cosine to `min_lr`, then `cooldown_epochs` of the `epochs` at `min_lr`.
 
     Stepped once a batch with `step_update`; learning rates are absolute and hold for every group.
+    Raises SettingError for a negative number.
     """
+    settings = {"warmup_epochs": warmup_epochs, "cooldown_epochs": cooldown_epochs}
+    for name, value in {**settings, "warmup_lr": warmup_lr, "min_lr": min_lr}.items():
+        if not value >= 0:
+            raise SettingError(f"scheduler.{name}={value} must not be negative")
     return CosineLRScheduler(
         optimizer,
         t_initial=max(1, round((epochs - cooldown_epochs) * steps_per_epoch)),

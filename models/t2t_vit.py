@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, resample_abs_pos_embed, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.tokens_to_token import TOKEN_LAYERS, Linear, Size, TokensToToken, soft_split_strides
 from stl import SettingError, STLLinear
@@ -81,7 +82,7 @@ class T2TViT(nn.Module):
         token_order: in which order patch tokens pass the backbone, which STL layers with inexact bases see: "raster"
             makes a tile of four tokens a piece of a row, "block" a 2×2 square. The class token goes last, so that the
             patches' tiles stay aligned.
-        t2t_drop_rate: dropout inside the performer layers, 0.1 in the official models.
+        t2t_drop_rate: dropout inside the T2T module; None is the official 0.1 for "performer", 0 for "transformer".
 
     Raises SettingError for an unknown group or order, or an image size out of range.
     """
@@ -108,7 +109,7 @@ class T2TViT(nn.Module):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        t2t_drop_rate: float = 0.1,
+        t2t_drop_rate: float | None = None,
     ) -> None:
         super().__init__()
         _check(img_size, tokens, linear_groups, strides, token_order)
@@ -118,6 +119,7 @@ class T2TViT(nn.Module):
         self.img_size = image
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.grad_checkpointing = False
         self._head = makers["head"]
 
         first, second, third = strides or soft_split_strides(image)
@@ -156,6 +158,10 @@ class T2TViT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"cls_token"}
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks' activations again in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
@@ -170,8 +176,9 @@ class T2TViT(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, channels, H, W) → (batch, 1 + rows·columns, dim): the class token, then patches in raster order."""
         if x.ndim != 4 or x.shape[-2:] != self.img_size:
+            height, width = self.img_size
             raise SettingError(
-                f"images have shape {tuple(x.shape)}; this model takes (batch, channels, *{self.img_size})"
+                f"images have shape {tuple(x.shape)}; this model takes (batch, channels, {height}, {width})"
             )
         x = self.tokens_to_token(x) + self.pos_embed[:, 1:]
         if self._order is not None:
@@ -179,7 +186,7 @@ class T2TViT(nn.Module):
         class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = self.pos_drop(torch.cat([x, class_token], 1))
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
         x = self.norm(x)
         patches = x[:, :-1] if self._raster is None else x[:, self._raster]
         return torch.cat([x[:, -1:], patches], 1)

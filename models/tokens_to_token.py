@@ -11,7 +11,6 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.amp import is_autocast_available
 
 Linear = Callable[..., nn.Module]
 Size = tuple[int, int]
@@ -66,8 +65,7 @@ class TokenPerformer(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         key, query, value = self.kqv(x).chunk(3, -1)
-        device = x.device.type
-        with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(value.dtype, torch.float32)
             key, query = self.features(key.to(wide)), self.features(query.to(wide))
             normaliser = query @ key.sum(1).unsqueeze(-1) + self.epsilon
@@ -82,37 +80,39 @@ class TokenPerformer(nn.Module):
 class TokenAttention(nn.Module):
     """Softmax attention with one head; scaled by the input's width, as the official models are."""
 
-    def __init__(self, dim: int, token_dim: int, linear: Linear) -> None:
+    def __init__(self, dim: int, token_dim: int, linear: Linear, drop: float) -> None:
         super().__init__()
         self.scale = dim**-0.5
         self.qkv = linear(dim, 3 * token_dim, bias=False)
         self.proj = linear(token_dim, token_dim)
+        self.proj_drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unsqueeze(1).chunk(3, -1)
         y = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
-        return (value + self.proj(y)).squeeze(1)
+        return (value + self.proj_drop(self.proj(y))).squeeze(1)
 
 
 class TokenTransformer(nn.Module):
-    """One softmax attention layer in the place of `TokenPerformer`, for the `_t` variants; no dropout."""
+    """One softmax attention layer in the place of `TokenPerformer`, for the `_t` variants."""
 
     def __init__(self, dim: int, token_dim: int, linear: Linear, drop: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = TokenAttention(dim, token_dim, linear)
+        self.attn = TokenAttention(dim, token_dim, linear, drop)
         self.norm2 = nn.LayerNorm(token_dim)
         self.mlp = nn.Sequential()
         self.mlp.add_module("fc1", linear(token_dim, token_dim))
         self.mlp.add_module("act", nn.GELU())
         self.mlp.add_module("fc2", linear(token_dim, token_dim))
+        self.mlp.add_module("drop", nn.Dropout(drop))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
-TOKEN_LAYERS = {"performer": TokenPerformer, "transformer": TokenTransformer}
+TOKEN_LAYERS: dict[str, Callable[..., nn.Module]] = {"performer": TokenPerformer, "transformer": TokenTransformer}
 
 
 class TokensToToken(nn.Module):
@@ -127,15 +127,16 @@ class TokensToToken(nn.Module):
         token_dim: int,
         embed_dim: int,
         linear: Linear,
-        drop: float,
+        drop: float | None,
     ) -> None:
         super().__init__()
         self.grids = soft_split_grids(image, strides)
         splits = [nn.Unfold(k, stride=s, padding=p) for k, s, p in zip(KERNELS, strides, PADDINGS, strict=True)]
         self.soft_split0, self.soft_split1, self.soft_split2 = splits
         layer = TOKEN_LAYERS[tokens]
-        self.attention1 = layer(channels * KERNELS[0] ** 2, token_dim, linear, drop)
-        self.attention2 = layer(token_dim * KERNELS[1] ** 2, token_dim, linear, drop)
+        dropout = {} if drop is None else {"drop": drop}
+        self.attention1 = layer(channels * KERNELS[0] ** 2, token_dim, linear, **dropout)
+        self.attention2 = layer(token_dim * KERNELS[1] ** 2, token_dim, linear, **dropout)
         self.project = linear(token_dim * KERNELS[2] ** 2, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:

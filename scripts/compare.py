@@ -7,6 +7,7 @@ python scripts/compare.py outputs/a outputs/b --out results/mine
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +21,43 @@ from rich.table import Table
 
 COLUMNS = ("linear layers", "top-1 %", "params M", "linear MMACs", "total MMACs", "× core / linear / total", "s")
 
+SHOWN = ("linear", "linear.tile", "linear.rank", "linear.basis")  # settings that every label has
 
-def label(run: dict[str, Any]) -> str:
+
+def short(linear: dict[str, Any]) -> str:
     """ "dense", or the STL setting in short."""
-    linear = run["linear"]
     if linear["type"] == "dense":
         return "dense"
     return f"{linear['type']} t={linear['tile']} r={linear['rank']} {linear['basis']}"
 
 
+def labels(runs: list[dict[str, Any]]) -> list[str]:
+    """A name a run: its linear layers, its model and data where they differ, its overrides where names would repeat."""
+    varying = [key for key in ("dataset", "model") if len({run[key] for run in runs}) > 1]
+    names = [" ".join([*(run[key] for key in varying), short(run["linear"])]) for run in runs]
+    rest = [[word for word in run["overrides"] if word.split("=")[0] not in SHOWN] for run in runs]
+    return [
+        " ".join([name, *words]) if names.count(name) > 1 else name for name, words in zip(names, rest, strict=True)
+    ]
+
+
 def read_runs(folders: list[Path]) -> list[dict[str, Any]]:
-    """The summaries below these folders, the newest run of each setting only."""
+    """The summaries below these folders, most MACs first; of runs of one command, the newest."""
     newest: dict[tuple, dict[str, Any]] = {}
     for folder in folders:
         for path in folder.rglob("summary.json"):
             run = json.loads(path.read_text())
-            key = (run["dataset"], run["model"], label(run), run["seed"], run["epochs"])
+            key = (run["dataset"], run["model"], short(run["linear"]), *run["overrides"])
             if key not in newest or newest[key]["date"] < run["date"]:
                 newest[key] = run
-    return sorted(newest.values(), key=lambda run: -run["macs"]["total"])
+    return sorted(newest.values(), key=lambda run: (-run["macs"]["total"], run["overrides"]))
 
 
-def cells(run: dict[str, Any]) -> list[str]:
+def cells(run: dict[str, Any], label: str) -> list[str]:
     """One row of the table, in the order of COLUMNS: millions of parameters and MACs an image, × fewer than dense."""
     factor = run["flop_factor"]
     return [
-        label(run),
+        label,
         f"{run['top1']:.2f}",
         *(f"{count / 1e6:.3f}" for count in (run["params"], run["macs"]["linear"], run["macs"]["total"])),
         " / ".join(f"{factor[key]:.2f}" for key in ("core", "linear", "total")),
@@ -54,33 +66,41 @@ def cells(run: dict[str, Any]) -> list[str]:
 
 
 def heading(runs: list[dict[str, Any]]) -> str:
-    """What the runs have in common, machine, date and versions included."""
-    run = max(runs, key=lambda run: run["date"])
-    seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
-    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    """Where the numbers come from: data, model, machine, date and versions of all the runs."""
+
+    def distinct(values: Iterable[Any]) -> str:
+        return ", ".join(dict.fromkeys(str(value) for value in values))
+
+    versions = distinct(f"{name} {number}" for run in runs for name, number in run["versions"].items())
     return (
-        f"{run['model']} on {run['dataset']}, {run['epochs']} epochs, seed {seeds}, {run['device']}, "
-        f"{run['date'][:10]}, commit {(run['git_commit'] or 'none')[:12]}; {versions}"
+        f"{distinct(run['model'] for run in runs)} on {distinct(run['dataset'] for run in runs)}, "
+        f"{distinct(run['epochs'] for run in runs)} epochs, seed {distinct(run['seed'] for run in runs)}, "
+        f"{distinct(run['device'] for run in runs)}, {distinct(sorted(run['date'][:10] for run in runs))}, "
+        f"commit {distinct((run['git_commit'] or 'none')[:12] for run in runs)}; {versions}"
     )
+
+
+def rows(runs: list[dict[str, Any]]) -> list[list[str]]:
+    return [cells(run, label) for run, label in zip(runs, labels(runs), strict=True)]
 
 
 def markdown(runs: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(cells(run))} |" for run in runs]
+    lines += [f"| {' | '.join(row)} |" for row in rows(runs)]
     return "\n".join([*lines, "", heading(runs) + "."]) + "\n"
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
     """Top-1 against total MACs, a point a run."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for run in runs:
-        axes.plot(run["macs"]["total"] / 1e6, run["top1"], "o", markersize=9, label=label(run))
+    for run, label in zip(runs, labels(runs), strict=True):
+        axes.plot(run["macs"]["total"] / 1e6, run["top1"], "o", markersize=9, label=label)
     axes.set_xlim(0, 1.1 * max(run["macs"]["total"] for run in runs) / 1e6)
     axes.set(xlabel="MACs of one image, millions", ylabel="top-1, %")
-    axes.set_title(f"{runs[-1]['model']} on {runs[-1]['dataset']}", fontsize=11)
+    axes.set_title(heading(runs).split(", ")[0], fontsize=11)
     axes.margins(y=0.3)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -100,10 +120,10 @@ def main() -> None:
     plot(runs, out / "compare.png")
     table = Table(box=box.SIMPLE, pad_edge=False)
     for index, column in enumerate(COLUMNS):
-        width = max(len(cells(run)[index]) for run in runs)
+        width = max(len(row[index]) for row in rows(runs))
         table.add_column(column, justify="right" if index else "left", min_width=width)
-    for run in runs:
-        table.add_row(*cells(run))
+    for row in rows(runs):
+        table.add_row(*row)
     console = Console(width=max(100, Console().width))
     console.print(table)
     console.print(heading(runs))

@@ -151,7 +151,12 @@ def available_ranks(name: str, tile: int) -> list[int]:
 
 
 def list_bases(tile: int | None = None, rank: int | None = None) -> list[str]:
-    """Names of the registered families, sorted; with `tile` (and `rank`), of those that have such a basis."""
+    """Names of the registered families, sorted; with `tile` (and `rank`), of those that have such a basis.
+
+    Raises SettingError for a rank without a tile.
+    """
+    if rank is not None and tile is None:
+        raise SettingError(f"list_bases(rank={rank}) needs a tile as well: which ranks there are depends on it")
     names = sorted(_families)
     if tile is not None:
         ranks = {name: _families[name].ranks(tile) for name in names}  # not listed out: t³ of them at a large tile

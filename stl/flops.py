@@ -140,7 +140,7 @@ def count_flops(model: nn.Module, input_shape: Sequence[int]) -> FlopReport:
 
     `input_shape` is the shape of the model's one float input with its batch axis; for an image model (3, H, W) is
     taken as a batch of one. Dense and STL layers, also those of `convert`ed models, have a row each, and so has the
-    rest of every module that multiplies matrices or convolves.
+    rest of every module that multiplies matrices or convolves. Recurrent layers (LSTM, GRU) are not counted.
 
     Raises SettingError where the model does not take an input of this shape.
     """

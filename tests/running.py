@@ -33,7 +33,10 @@ def run(folder: Path, *overrides: str) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-def program(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """A program of ours in its own process, without a wandb login."""
-    env = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, env=env)
+def program(
+    *words: str, env: dict[str, str] | None = None, without: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
+    """A program of ours in its own process, on one thread, with variables set or taken out of its environment."""
+    own = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    own = {name: value for name, value in own.items() if name not in without}
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=own)

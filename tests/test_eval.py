@@ -10,7 +10,8 @@ from running import QUICK, program, run
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    words = [*QUICK, "trainer.limit_val_batches=1.0", "data.eval_batch_size=360"]
+    words = [*QUICK, "trainer.limit_val_batches=1.0", "data.eval_batch_size=360", "trainer.limit_train_batches=40"]
+    words += ["scheduler.warmup_epochs=0", "scheduler.cooldown_epochs=0", "optimizer.lr=5e-3"]  # learns something
     return folder, run(folder, *words)
 
 
@@ -43,7 +44,7 @@ def test_other_data_and_batch_sizes_can_be_asked_for(trained):
     folder, summary = trained
     result = evaluate(folder / "checkpoints" / "last.ckpt", "data=digits", "data.split_seed=1", "batch_size=64")
     assert result.returncode == 0, result.stderr
-    assert json.loads((folder / "eval.json").read_text())["val_loss"] != pytest.approx(summary["val_loss"], rel=1e-6)
+    assert json.loads((folder / "eval.json").read_text())["val_loss"] != pytest.approx(summary["val_loss"], rel=1e-3)
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(trained, tmp_path):

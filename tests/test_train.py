@@ -30,16 +30,10 @@ def image_root(tmp_path_factory) -> Path:
     return root
 
 
-def overrides_for(experiment: str, image_root: Path) -> list[str]:
-    words = [f"experiment={experiment}", *QUICK]
-    if experiment != "digits":
-        words += [f"data.root={image_root}", "data.num_workers=0", "data.batch_size=2"]
-    return words
-
-
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_takes_one_step(experiment, tmp_path, image_root):
-    summary = run(tmp_path, *overrides_for(experiment, image_root))
+    data = [f"data.root={image_root}", "data.num_workers=0", "data.batch_size=2"]
+    summary = run(tmp_path, f"experiment={experiment}", *QUICK, *data)
     assert summary["epochs"] == 1
     assert 0 <= summary["top1"] <= 100
     assert summary["linear"]["type"] == ("dense" if experiment.endswith("dense") else "stl")
@@ -57,7 +51,7 @@ def test_the_run_folder_holds_what_scripts_rely_on(first_run):
     summary = json.loads((first_run / "summary.json").read_text())
     assert {
         *("dataset", "model", "linear", "top1", "top5", "val_loss", "params", "macs", "dense_macs", "flop_factor"),
-        *("epochs", "seed", "images_per_second", "wall_seconds", "git_commit", "versions"),
+        *("epochs", "seed", "images_per_second", "wall_seconds", "git_commit", "versions", "overrides"),
     } <= set(summary)
     assert summary["linear"] == {"type": "stl", "tile": 4, "rank": 16, "basis": "frame"}
     assert set(summary["macs"]) == {"total", "linear", "core", "encode", "decode"}
@@ -92,10 +86,12 @@ def test_one_seed_gives_one_summary_and_another_seed_another(first_run, tmp_path
 
 def test_a_run_goes_on_from_a_checkpoint(first_run, tmp_path, caplog):
     last = first_run / "checkpoints" / "last.ckpt"
-    summary = run(tmp_path / "on", *QUICK, "trainer.max_epochs=3", f"ckpt_path={last}")
+    summary = run(tmp_path / "on", *QUICK, "trainer.limit_train_batches=3", "trainer.max_epochs=8", f"ckpt_path={last}")
     rows = list(csv.DictReader((tmp_path / "on" / "metrics.csv").open()))
-    assert summary["epochs"] == 3
-    assert {row["epoch"] for row in rows if row["epoch"]} == {"2"}
+    assert summary["epochs"] == 8
+    assert {row["epoch"] for row in rows if row["epoch"]} == {"2", "3", "4", "5", "6", "7"}
+    rates = [float(row["lr-AdamW/encoded"]) for row in rows if row.get("lr-AdamW/encoded")]
+    assert max(rates) > 1e-4  # the schedule follows the new number of epochs, it has not ended with the old one
 
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -105,10 +101,30 @@ def test_a_run_goes_on_from_a_checkpoint(first_run, tmp_path, caplog):
     assert "last.ckpt is damaged; trying the one before it" in caplog.text
 
 
+def test_a_checkpoint_with_all_its_epochs_behind_it_still_gets_its_summary(first_run, tmp_path):
+    words = [*QUICK, "trainer.max_epochs=2", "trainer.limit_val_batches=3"]
+    summary = run(tmp_path, *words, f"ckpt_path={first_run / 'checkpoints' / 'last.ckpt'}")
+    assert summary["val_loss"] == json.loads((first_run / "summary.json").read_text())["val_loss"]
+
+
+def test_a_run_folder_is_not_used_twice(first_run):
+    with pytest.raises(SettingError, match=r"the run folder .* holds a run already; set hydra.run.dir to another"):
+        run(first_run, *QUICK)
+
+
+def test_a_checkpoint_of_other_classes_is_refused_before_anything_is_written(first_run, tmp_path, image_root):
+    words = ["data=image_folder", f"data.root={image_root}", "data.image_size=32", "data.num_workers=0"]
+    with pytest.raises(
+        SettingError, match=r"does not fit: .*head\.spec|does not fit: .*head: the checkpoint has in=96 out=10"
+    ):
+        run(tmp_path / "new", *QUICK, *words, f"ckpt_path={first_run / 'checkpoints' / 'last.ckpt'}")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["linear.tile=2", "linear.rank=4"], "linear.rank=16 in the .*, 4 here; linear.tile=4 in the checkpoint, 2"),
+        (["linear.tile=2", "linear.rank=4"], "linear.tile=4 in the checkpoint, 2 here; linear.rank=16 in the"),
         (["linear.rank=24"], "linear.rank=16 in the checkpoint, 24 here"),
         (["linear.basis=random"], "linear.basis=frame in the checkpoint, random here"),
         (["linear=dense"], "linear._target_=stl.STLLinear in the checkpoint, torch.nn.Linear here"),
@@ -123,26 +139,52 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written(fir
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, value):
-    forward, calls = STLLinear.forward, []
+    forward, heads = STLLinear.forward, []
 
-    def fail_in_the_third_batch(layer, x):
-        y = forward(layer, x)
-        if layer.training and layer.in_features == 128:  # the second layer of each MLP, four a batch
-            calls.append(layer)
-        return y * value if len(calls) > 8 + 1 else y
+    def poison_the_head_from_the_third_batch_on(layer, x):
+        if layer.out_features == 10 and layer.training:
+            heads.append(layer)
+        return forward(layer, x) * (value if layer.out_features == 10 and len(heads) > 2 else 1)
 
-    monkeypatch.setattr(STLLinear, "forward", fail_in_the_third_batch)
+    monkeypatch.setattr(STLLinear, "forward", poison_the_head_from_the_third_batch_on)
     words = [*QUICK, "trainer.max_epochs=3", "trainer.limit_train_batches=1"]
     with pytest.raises(SettingError) as caught:
         run(tmp_path, *words)
     message = str(caught.value)
-    assert "at step 2 of epoch 2, first in layer tokens_to_token.attention1.kqv" in message
+    assert "at step 2 of epoch 2, first in layer head;" in message
     assert "checkpoints/last.ckpt" in message
     assert "lower optimizer.lr" in message
     assert "\n" not in message
     kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(value.isfinite().all() for value in kept["state_dict"].values() if value.is_floating_point())
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path, monkeypatch):
+    """The loss of the last batch of an epoch may be sound and its gradient not."""
+    step = torch.optim.AdamW.step
+
+    def overflow_in_the_second_step(optimizer, closure=None):
+        loss = step(optimizer, closure)
+        parameter = optimizer.param_groups[0]["params"][0]
+        if optimizer.state[parameter]["step"] == 2:
+            parameter.data[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow_in_the_second_step)
+    with pytest.raises(
+        SettingError, match=r"holds NaN or infinite values at step 2 of epoch 1; last good checkpoint: "
+    ):
+        run(tmp_path, *QUICK, "trainer.max_epochs=2", "linear=dense")
+    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["epoch"] == 0
+    assert all(value.isfinite().all() for value in kept["state_dict"].values() if value.is_floating_point())
+
+
+def test_callbacks_are_switched_off_by_null(tmp_path, capfd):
+    run(tmp_path, *QUICK, "callbacks.checkpoint=null")  # QUICK switches the progress bar off
+    assert not (tmp_path / "checkpoints").exists()
+    assert "Epoch 0" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -156,6 +198,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         (["model.name=t2t_vit_8"], "error: model.name='t2t_vit_8' is unknown; close to it: t2t_vit_"),
         (["data=image_folder", "data.root=nowhere"], "error: data.root='"),
         (["ckpt_path=nowhere.ckpt"], "error: checkpoint 'nowhere.ckpt' does not exist"),
+        (["optimizer.lr=nan"], "error: optimizer.lr=nan must be a positive number"),
+        (["seed=-1"], "error: seed=-1 must be a whole number from 0"),
     ],
 )
 def test_bad_settings_get_one_line_and_leave_nothing_behind(words, message, tmp_path):
@@ -181,16 +225,19 @@ def test_a_sweep_over_ranks_gives_a_summary_each(tmp_path):
     assert ranks == [16, 24]
 
 
-def test_wandb_without_a_login_is_offline_and_says_so_once(tmp_path, monkeypatch, caplog):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("models.loggers.logged_in", lambda: False)
-    run(tmp_path, *QUICK, "logger=[csv,wandb]")
-    assert caplog.text.count("nobody is logged in, the run is kept offline") == 1
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
+def test_wandb_without_a_login_is_offline_and_says_so_once(tmp_path):
+    """In a process and a home folder of its own, so that nothing knows of a login."""
+    env = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    words = [*QUICK, "logger=[csv,wandb]", f"hydra.run.dir={tmp_path / 'run'}"]
+    result = program("train.py", *words, env=env, without=("WANDB_MODE", "WANDB_API_KEY"))
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout + result.stderr).count("nobody is logged in, the run is kept offline") == 1
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
 @pytest.mark.parametrize("linear", ["dense", "stl"])
 def test_the_default_run_reaches_97_percent_on_the_digits(linear, tmp_path):
-    summary = run(tmp_path, f"linear={linear}", "callbacks.progress_bar=null", "trainer.accelerator=cpu", "logger=csv")
+    summary = run(
+        tmp_path, f"linear={linear}", "num_threads=1", "callbacks.progress_bar=null", "trainer.accelerator=cpu"
+    )
     assert summary["top1"] >= 97.0

@@ -5,14 +5,21 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
-from models.checkpoint import load_checkpoint
-from models.task import check_same_model
+from models.checkpoint import load_checkpoint, load_weights
 from stl import SettingError
 
 
 def save(path, epoch):
-    torch.save({"config": {"model": {}}, "state_dict": {"weight": torch.arange(1000.0)}, "epoch": epoch}, path)
+    torch.save(
+        {
+            "config": {"model": {}, "linear": {}, "data": {}},
+            "state_dict": {"weight": torch.arange(1000.0)},
+            "epoch": epoch,
+        },
+        path,
+    )
     os.utime(path, (epoch, epoch))
     return path
 
@@ -72,16 +79,36 @@ def test_a_file_of_another_program_is_refused(tmp_path):
         load_checkpoint(tmp_path / "other.ckpt")
 
 
+def test_a_checkpoint_without_a_whole_config_is_refused(tmp_path):
+    torch.save({"config": {"model": {}}, "state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(SettingError, match=r"is not one that train\.py wrote"):
+        load_checkpoint(tmp_path / "other.ckpt")
+
+
 @pytest.mark.parametrize(
     ("group", "key", "saved", "own"),
     [
         ("linear", "tile", 4, 2),
         ("linear", "rank", 16, 24),
         ("linear", "basis", "frame", "random"),
-        ("model", "name", "a", "b"),
+        ("model", "name", "t2t_vit_tiny", "t2t_vit_7"),
+        ("model", "token_order", "raster", "block"),
     ],
 )
-def test_a_checkpoint_of_another_model_shows_both_sides(group, key, saved, own):
-    check_same_model({group: {key: saved}}, {group: {key: saved}})
+def test_a_checkpoint_of_another_model_shows_both_sides(tmp_path, group, key, saved, own):
+    task = nn.Linear(2, 2)
+    config = {"model": {"drop_rate": 0.0}, "linear": {}}
+    theirs = {**config, group: {**config[group], key: saved}}
+    ours = {**config, group: {**config[group], key: own}}
+    load_weights(
+        task, {"config": theirs, "state_dict": task.state_dict()}, tmp_path, {**theirs, "model": theirs["model"]}
+    )
     with pytest.raises(SettingError, match=f"{group}.{key}={saved} in the checkpoint, {own} here"):
-        check_same_model({group: {key: saved}}, {group: {key: own}})
+        load_weights(task, {"config": theirs, "state_dict": task.state_dict()}, tmp_path, ours)
+
+
+def test_weights_of_another_shape_are_named(tmp_path):
+    config = {"model": {}, "linear": {}}
+    checkpoint = {"config": config, "state_dict": nn.Linear(3, 3).state_dict()}
+    with pytest.raises(SettingError, match="does not fit: size mismatch for weight"):
+        load_weights(nn.Linear(2, 2), checkpoint, tmp_path, config)

@@ -256,6 +256,36 @@ def test_the_performer_is_finite_in_low_precision(dtype, scale):
     assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("linear", [nn.Linear, STL[4]], ids=["dense", "stl"])
+def test_the_whole_model_compiles_without_graph_breaks(linear, training):
+    torch._dynamo.reset()
+    model = create(linear=linear, num_classes=10, t2t_drop_rate=0.0).train(training)
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    torch.manual_seed(0)
+    model = create(linear=STL[4], num_classes=10, t2t_drop_rate=0.0)
+    images, gradients = torch.randn(2, 3, 32, 32), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        gradients.append(torch.autograd.grad(model(images).square().sum(), model.blocks[0].mlp.fc1.weight)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_dropout_of_the_t2t_module_is_the_official_one_unless_set():
+    def rates(name, **kwargs):
+        module = create(name, meta=True, **kwargs).tokens_to_token
+        return {layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)}
+
+    assert rates("t2t_vit_7") == {0.1}
+    assert rates("t2t_vit_t_14") == {0.0}
+    assert rates("t2t_vit_t_14", t2t_drop_rate=0.3) == {0.3}
+
+
 def test_stl_weights_start_with_the_variance_of_the_dense_model():
     torch.manual_seed(0)
     layer = create("t2t_vit_7", linear=STL[4]).blocks[0].mlp.fc1

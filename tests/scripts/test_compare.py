@@ -24,6 +24,7 @@ def write(folder, **changes):
         "flop_factor": {"core": 4.0, "linear": 2.5, "total": 1.75},
         "epochs": 3,
         "seed": 0,
+        "overrides": [],
         "wall_seconds": 61.2,
         "date": "2026-01-02T00:00:00+00:00",
         "device": "2-thread CPU",
@@ -48,10 +49,23 @@ def test_one_table_and_one_plot_of_the_newest_run_of_each_setting(tmp_path, monk
     assert "| dense | 97.50 | 1.235 | 1.000 | 2.000 | 4.00 / 2.50 / 1.75 | 61 |" in table
     assert "| stl t=4 r=16 frame | 98.75 |" in table
     assert "98.25" not in table
-    assert "2-thread CPU, 2026-01-03, commit 0123456789ab; torch 2.11.0" in table
+    assert "2-thread CPU, 2026-01-02, 2026-01-03, commit 0123456789ab; torch 2.11.0" in table
     assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
     assert len(json.loads((tmp_path / "out" / "compare.json").read_text())) == 2
     assert "98.75" in capsys.readouterr().out
+
+
+def test_runs_of_other_settings_have_a_row_each_and_are_told_apart(tmp_path, monkeypatch):
+    for index, overrides in enumerate((["seed=1"], ["seed=2"], ["linear.row_axis=batch", "seed=1"])):
+        write(tmp_path / str(index), overrides=overrides, top1=90 + index)
+    write(tmp_path / "other", model="t2t_vit_7", epochs=9)
+    run_script(monkeypatch, tmp_path)
+    table = (tmp_path / "compare.md").read_text()
+    assert len(json.loads((tmp_path / "compare.json").read_text())) == 4
+    for row in ("t2t_vit_tiny stl t=4 r=16 frame seed=1 | 90", "frame seed=2 | 91", "| t2t_vit_7 stl t=4 r=16 frame |"):
+        assert row in table
+    assert "frame linear.row_axis=batch seed=1 | 92" in table
+    assert "9, 3 epochs" in table
 
 
 def test_no_runs_is_an_error_of_one_line(tmp_path, monkeypatch):
