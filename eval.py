@@ -15,6 +15,7 @@ from torch import nn
 
 from models.callbacks import describe_device, write_json
 from models.checkpoint import load_checkpoint, load_weights
+from models.ema import averaged_weights
 from stl import SettingError, count_flops
 from train import build, describe, one_line_errors
 
@@ -50,6 +51,9 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
         trained.data.eval_batch_size = cfg.batch_size
     task, data = build(trained)
     load_weights(task, checkpoint, path, task.config)
+    averaged = averaged_weights(checkpoint) if cfg.averaged else None
+    if averaged is not None:
+        task.model.load_state_dict(averaged)
     flops = count_flops(task.model, (3, data.image_size, data.image_size)).to_dict()
     trainer = pl.Trainer(
         accelerator=cfg.accelerator, devices=1, precision=cfg.precision, logger=False, enable_model_summary=False
@@ -71,6 +75,7 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
         "latency_ms": latencies,
         "device": describe_device(task.device),
         "precision": cfg.precision,
+        "averaged_weights": averaged is not None,
     }
     # checkpoints/ lies in the run folder; a checkpoint that was moved gets the file beside it.
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent

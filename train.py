@@ -51,6 +51,7 @@ def build(cfg: DictConfig) -> tuple[ClassificationTask, ImageDataModule]:
         optimizer=optimizer,
         scheduler=instantiate(cfg.scheduler),
         label_smoothing=cfg.label_smoothing,
+        augment=instantiate(cfg.augment, num_classes=data.num_classes) if cfg.augment else None,
         config=cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
     )
     return task, data

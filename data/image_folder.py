@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import datasets
-from torchvision.transforms import InterpolationMode, v2
 
 from data.datamodule import ImageDataModule, at_least, require
 from stl.errors import SettingError
@@ -19,32 +18,6 @@ from stl.errors import SettingError
 log = logging.getLogger(__name__)
 
 _TREE = "expected <root>/train/<class>/*.jpg and <root>/val/<class>/*.jpg"
-
-
-def train_transform(image_size: int, scale: tuple[float, float], mean: Sequence[float], std: Sequence[float]) -> Any:
-    """PIL image → float32 (3, image_size, image_size): random part of the area, random flip, normalised."""
-    return v2.Compose(
-        [
-            v2.PILToTensor(),  # uint8, which resizes twice as fast here as a PIL image
-            v2.RandomResizedCrop(image_size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean, std),
-        ]
-    )
-
-
-def eval_transform(image_size: int, crop_pct: float, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """PIL image → float32 (3, image_size, image_size): shorter side ⌊image_size/crop_pct⌋, centre crop, normalised."""
-    return v2.Compose(
-        [
-            v2.PILToTensor(),
-            v2.Resize(int(image_size / crop_pct), InterpolationMode.BICUBIC, antialias=True),
-            v2.CenterCrop(image_size),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean, std),
-        ]
-    )
 
 
 class Unreadable:
@@ -160,6 +133,9 @@ class ImageFolder(ImageDataModule):
         name: what tables call the data set; None means the root folder's name.
         image_size: side of the images, in pixels.
         scale: smallest and largest part of an image's area that a training crop takes.
+        auto_augment: timm's name of an augmentation policy for training, as "rand-m9-mstd0.5-inc1"; None has none but
+            the random crop and flip.
+        interpolation: of the training crops: "bilinear", "bicubic", or "random" for either. Evaluation is bicubic.
         crop_pct: part of the shorter side that the centre crop of the evaluation keeps.
         mean, std: of each channel, for images in 0…1.
         max_unreadable: how many unreadable images are skipped before the run stops.
@@ -180,6 +156,8 @@ class ImageFolder(ImageDataModule):
         name: str | None = None,
         image_size: int = 224,
         scale: Sequence[float] = (0.08, 1.0),
+        auto_augment: str | None = None,
+        interpolation: str = "bicubic",
         crop_pct: float = 0.9,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
@@ -190,6 +168,8 @@ class ImageFolder(ImageDataModule):
         require(bool(root), "root", root, "a folder with train/ and val/")
         low, high = scale if len(scale) == 2 else (0.0, 0.0)
         require(0 < low <= high <= 1, "scale", list(scale), "two numbers with 0 < smallest <= largest <= 1")
+        choices = ("bilinear", "bicubic", "random")
+        require(interpolation in choices, "interpolation", interpolation, f"one of {', '.join(choices)}")
         require(0 < crop_pct <= 1, "crop_pct", crop_pct, "a number in (0, 1]")
         require(at_least(max_unreadable, 0), "max_unreadable", max_unreadable, "0 or more images")
         require(len(mean) == 3, "mean", list(mean), "three numbers")
@@ -197,8 +177,16 @@ class ImageFolder(ImageDataModule):
 
         path = Path(os.path.abspath(os.path.expanduser(root)))
         self._train, self._val = _open_tree(path)
-        self._train.transform = train_transform(image_size, (low, high), list(mean), list(std))
-        self._val.transform = eval_transform(image_size, crop_pct, list(mean), list(std))
+        common: dict[str, Any] = {"input_size": image_size, "mean": tuple(mean), "std": tuple(std)}
+        self._train.transform = create_transform(
+            **common,
+            is_training=True,
+            scale=(low, high),
+            color_jitter=0.0,
+            auto_augment=auto_augment,
+            interpolation=interpolation,
+        )
+        self._val.transform = create_transform(**common, interpolation="bicubic", crop_pct=crop_pct)
         self.unreadable = Unreadable([self._train, self._val], max_unreadable)
         self.name = name or path.name
         self.num_classes = len(self._train.classes)

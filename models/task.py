@@ -17,6 +17,7 @@ class ClassificationTask(pl.LightningModule):
         optimizer: makes the optimizer, from the model.
         scheduler: makes the schedule, from the optimizer and the keywords `epochs` and `steps_per_epoch`; it is
             stepped with `step_update(number of steps done)`.
+        augment: (images, labels) → (images, soft targets), applied to training batches on their device.
         config: the resolved configuration; it travels in every checkpoint, so that one file says what it is.
     """
 
@@ -28,11 +29,13 @@ class ClassificationTask(pl.LightningModule):
         optimizer: Callable[[nn.Module], Optimizer],
         scheduler: Callable[..., Any],
         label_smoothing: float = 0.0,
+        augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
+        self._augment = augment
         self.config = config or {}
         self._optimizer, self._scheduler = optimizer, scheduler
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
@@ -42,8 +45,8 @@ class ClassificationTask(pl.LightningModule):
         return self.model(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        images, labels = batch
-        loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        images, targets = batch if self._augment is None else self._augment(*batch)
+        loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
         return loss
 

@@ -32,7 +32,13 @@ def image_root(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_takes_one_step(experiment, tmp_path, image_root):
-    data = [f"data.root={image_root}", "data.num_workers=0", "data.batch_size=2"]
+    data = [
+        f"data.root={image_root}",
+        "data.num_workers=0",
+        "data.batch_size=2",
+        "trainer.precision=32-true",
+        "callbacks.checkpoint=null",
+    ]
     summary = run(tmp_path, f"experiment={experiment}", *QUICK, *data)
     assert summary["epochs"] == 1
     assert 0 <= summary["top1"] <= 100

@@ -23,7 +23,7 @@ def test_the_yaml_gives_batches_of_the_promised_form():
     source.setup()
     for loader in (source.train_dataloader(), source.val_dataloader()):
         images, labels = next(iter(loader))
-        assert images.shape == (128, 3, 32, 32)
+        assert images.shape == (32, 3, 32, 32)
         assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
         assert images.isfinite().all()
 

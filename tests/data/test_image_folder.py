@@ -5,13 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import timm
+import timm.data
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.image_folder import ImageFolder, eval_transform
+import models.t2t_vit  # noqa: F401  registers the published models
+from data.image_folder import ImageFolder
 from stl.errors import SettingError
 
 YAML = Path(__file__).parents[2] / "configs" / "data" / "image_folder.yaml"
@@ -80,12 +83,30 @@ def test_scale_reaches_the_crop(root):
     assert rough[0] > 2 * rough[1]
 
 
-def test_evaluation_resizes_the_shorter_side_then_crops_the_centre():
+def test_evaluation_resizes_the_shorter_side_then_crops_the_centre(root):
     pixels = np.zeros((20, 40, 3), dtype=np.uint8)
     pixels[:, 10:30] = 255  # the centre of a 2:1 image is white
-    image = eval_transform(18, 0.9, [0.5, 0, 0], [0.5, 1, 1])(Image.fromarray(pixels))  # 18/0.9 = 20: no resampling
+    source = ready(root, image_size=18, crop_pct=0.9, mean=[0.5, 0, 0], std=[0.5, 1, 1])
+    image = source.val_data.transform(Image.fromarray(pixels))  # 18/0.9 = 20: no resampling
     assert image.shape == (3, 18, 18)
     assert torch.equal(image, torch.ones(3, 18, 18))
+
+
+def test_evaluation_is_timms_for_the_published_models_pixel_for_pixel(root):
+    config = timm.get_pretrained_cfg("t2t_vit_7").to_dict()
+    theirs = timm.data.create_transform(**timm.data.resolve_data_config(config))
+    noise = np.random.default_rng(0).integers(0, 256, (300, 401, 3), dtype=np.uint8)
+    ours = ready(root, image_size=224).val_data.transform(Image.fromarray(noise))
+    assert torch.equal(ours, theirs(Image.fromarray(noise)))
+
+
+def test_an_augmentation_policy_reaches_the_training_images(root):
+    names = [
+        [type(step).__name__ for step in ready(root, auto_augment=policy).train_data.transform.transforms]
+        for policy in (None, "rand-m9-mstd0.5-inc1")
+    ]
+    assert "RandAugment" not in names[0]
+    assert "RandAugment" in names[1]
 
 
 # --- what is wrong with the tree ---------------------------------------------------------------------------------
@@ -155,6 +176,7 @@ def test_class_without_images(root, split):
         ("scale", [0.5], "two numbers with 0 < smallest <= largest <= 1"),
         ("scale", [0.5, 0.1], "two numbers with 0 < smallest <= largest <= 1"),
         ("crop_pct", 0, "a number in (0, 1]"),
+        ("interpolation", "nearest", "one of bilinear, bicubic, random"),
         ("max_unreadable", -1, "0 or more images"),
         ("mean", [0.5], "three numbers"),
         ("std", [1, 1, 0], "three positive numbers"),
