@@ -109,6 +109,14 @@ def test_an_augmentation_policy_reaches_the_training_images(root):
     assert "RandAugment" in names[1]
 
 
+def test_every_operation_of_the_policy_works_at_full_magnitude(root):
+    steps = ready(root, auto_augment="rand-m9-mstd0.5-inc1").train_data.transform.transforms
+    policy = next(step for step in steps if type(step).__name__ == "RandAugment")
+    for operation in policy.ops:
+        operation.prob, operation.magnitude, operation.magnitude_std = 1.0, 10.0, 0.0
+        assert operation(Image.new("RGB", (20, 20), (200, 100, 50))).size == (20, 20)
+
+
 # --- what is wrong with the tree ---------------------------------------------------------------------------------
 
 
