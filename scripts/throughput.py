@@ -3,10 +3,11 @@
     python scripts/throughput.py --out results/throughput_h200.json
     python scripts/throughput.py --models t2t_vit_7 --data-root datasets/imagenet   # the loader as well
 
-The file is rewritten after every row, so that what was measured stays when the program is stopped.
+The file is rewritten after every row, and rows that it has are not measured again: a stopped program goes on.
 """
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -129,6 +130,12 @@ def main() -> None:
     choices: dict[str, Any] = {"dense": nn.Linear}
     choices |= {f"stl t=4 r={rank}": partial(STLLinear, tile=4, rank=rank, basis="frame") for rank in arguments.rank}
     result: dict[str, Any] = {"machine": machine(), "loader": {}, "models": []}
+    if arguments.out.exists():
+        earlier = json.loads(arguments.out.read_text())
+        if earlier["machine"]["gpu"] != result["machine"]["gpu"]:
+            sys.exit(f"error: {arguments.out} is of a {earlier['machine']['gpu']}; give --out another file")
+        result = earlier
+    done = {(row["model"], row["linear"], row["batch_size"]) for row in result["models"]}
     if arguments.data_root:
         for split, rate in loader_rates(arguments.data_root, arguments.workers, batches=600):
             result["loader"][f"{split}_images_per_second"] = rate
@@ -136,6 +143,8 @@ def main() -> None:
         write_json(arguments.out, result)
     for name in arguments.models:
         for label, linear in choices.items():
+            if (name, label, arguments.batch_size) in done:
+                continue
             row = {"model": name, "linear": label, "batch_size": arguments.batch_size}
             row |= measure(name, linear, arguments.batch_size, arguments.repeats)
             result["models"].append(row)
