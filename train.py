@@ -109,8 +109,6 @@ def train(cfg: DictConfig, folder: Path) -> None:
         "%s parameters, %s MACs an image, fewer than dense by: %s", f"{flops.params:,}", f"{flops.total:,}", factors
     )
     trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
-    if trainer.interrupted:
-        raise SettingError(f"interrupted; go on with ckpt_path={folder}/checkpoints/last.ckpt")
     metrics = trainer.callback_metrics
     if "top1" not in metrics:  # the checkpoint had all its epochs behind it
         metrics = trainer.validate(task, data, verbose=False)[0]
@@ -127,7 +125,8 @@ def one_line_errors(run: Callable[[], None]) -> None:
         while cause.__cause__ is not None and not isinstance(cause, SettingError):
             cause = cause.__cause__
         # A data loader's worker puts its traceback before the message.
-        message = str(cause).strip().splitlines()[-1].removeprefix(f"{SettingError.__module__}.SettingError: ")
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        message = lines[-1].removeprefix(f"{SettingError.__module__}.SettingError: ")
         sys.exit(f"error: {message}")
 
 

@@ -1,4 +1,4 @@
-"""Lightning callbacks: the run's summary, and the stop at a loss that is not finite."""
+"""Lightning callbacks: the run's summary, and the stop at a loss or weights that are not finite."""
 
 import json
 import platform
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -67,7 +67,7 @@ class RunSummary(pl.Callback):
 
 
 class StopAtNonFiniteLoss(pl.Callback):
-    """Stops before a loss that is NaN or infinite reaches the weights, and names the step and the layer."""
+    """Stops at a NaN or infinite loss, before it reaches the weights, and before such weights reach a checkpoint."""
 
     def __init__(self) -> None:
         self._batch: Any = None
@@ -80,22 +80,20 @@ class StopAtNonFiniteLoss(pl.Callback):
             return
         with trainer.precision_plugin.forward_context():  # in the precision in which it happened
             layer = first_non_finite_layer(pl_module.model, self._batch[0])
-        kept = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
-        raise SettingError(
-            f"the loss is {loss.item()} at step {trainer.global_step} of epoch {trainer.current_epoch}, first in "
-            f"{layer}; last good checkpoint: {kept}; lower optimizer.lr or train with trainer.precision=32-true"
-        )
+        self._stop(trainer, f"the loss is {loss.item()}", f", first in {layer}")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """A gradient may overflow where the loss does not: such weights are never written."""
         for name, value in checkpoint["state_dict"].items():
             if value.is_floating_point() and not value.isfinite().all():
-                kept = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
-                raise SettingError(
-                    f"{name} holds NaN or infinite values at step {trainer.global_step} of epoch "
-                    f"{trainer.current_epoch}; last good checkpoint: {kept}; lower optimizer.lr or train with "
-                    "trainer.precision=32-true"
-                )
+                self._stop(trainer, f"{name} holds NaN or infinite values")
+
+    def _stop(self, trainer: pl.Trainer, what: str, where: str = "") -> NoReturn:
+        kept = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
+        raise SettingError(
+            f"{what} at step {trainer.global_step} of epoch {trainer.current_epoch}{where}; last good checkpoint: "
+            f"{kept}; lower optimizer.lr or train with trainer.precision=32-true"
+        )
 
 
 @torch.no_grad()

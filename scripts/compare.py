@@ -25,7 +25,7 @@ SHOWN = ("linear", "linear.tile", "linear.rank", "linear.basis")  # settings tha
 
 
 def short(linear: dict[str, Any]) -> str:
-    """ "dense", or the STL setting in short."""
+    """The linear layers in short: dense, or the STL setting."""
     if linear["type"] == "dense":
         return "dense"
     return f"{linear['type']} t={linear['tile']} r={linear['rank']} {linear['basis']}"

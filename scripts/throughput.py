@@ -145,7 +145,8 @@ def main() -> None:
         for label, linear in choices.items():
             if (name, label, arguments.batch_size) in done:
                 continue
-            row = {"model": name, "linear": label, "batch_size": arguments.batch_size}
+            row: dict[str, Any] = {"model": name, "linear": label, "batch_size": arguments.batch_size}
+            row["date"] = datetime.now(UTC).isoformat(timespec="seconds")
             row |= measure(name, linear, arguments.batch_size, arguments.repeats)
             result["models"].append(row)
             write_json(arguments.out, result)
