@@ -16,6 +16,7 @@ from torch import nn
 from models.callbacks import describe_device, write_json
 from models.checkpoint import load_checkpoint, load_weights
 from models.ema import averaged_weights
+from models.processes import quiet
 from stl import SettingError, count_flops
 from train import build, describe, one_line_errors
 
@@ -39,6 +40,7 @@ def latency(model: nn.Module, batch_size: int, image_size: int, repeats: int) ->
 
 def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     """The figures of a checkpoint, and the file they are written to: eval.json in the run's folder."""
+    quiet()
     if OmegaConf.is_missing(cfg, "ckpt"):
         raise SettingError("ckpt is not set; give a checkpoint: python eval.py ckpt=outputs/…/checkpoints/last.ckpt")
     if cfg.num_threads:
@@ -49,6 +51,7 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
         trained.data = cfg.data
     if cfg.batch_size:
         trained.data.eval_batch_size = cfg.batch_size
+    trained.compile = False  # the latency is that of the model as it stands
     task, data = build(trained)
     load_weights(task, checkpoint, path, task.config)
     averaged = averaged_weights(checkpoint) if cfg.averaged else None

@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -14,33 +13,25 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Checkpoint
 
 from data.datamodule import ImageDataModule
 from models.callbacks import RunSummary
-from models.checkpoint import load_checkpoint, load_weights
+from models.checkpoint import load_weights
+from models.checkpointing import AtomicCheckpointIO
+from models.loggers import LoggerState, instantiate_loggers
+from models.processes import one_job, quiet
+from models.random_state import RandomState
+from models.resume import starting_point
 from models.task import ClassificationTask
 from stl import SettingError, count_flops
 
 log = logging.getLogger(__name__)
-logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # tips and hardware notes
-warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # inside Lightning
-logging.getLogger("timm.scheduler").setLevel(logging.ERROR)  # its remarks on very short schedules
-warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
-warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # train.log is there already
-
-
-def run_name() -> str:
-    """The folder of a run below outputs/: its experiment's name, or its data's where it has none."""
-    choices = HydraConfig.get().runtime.choices
-    return choices["experiment"] or choices["data"]
-
-
-OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 
 def build(cfg: DictConfig) -> tuple[ClassificationTask, ImageDataModule]:
     """The task and the data module that a configuration describes."""
-    data = instantiate(cfg.data)
+    data = instantiate(cfg.data, seed=cfg.seed)
     linear = instantiate(cfg.linear)
     model = instantiate(cfg.model, num_classes=data.num_classes, img_size=data.image_size, linear=linear)
     optimizer = instantiate(cfg.optimizer)
@@ -52,6 +43,7 @@ def build(cfg: DictConfig) -> tuple[ClassificationTask, ImageDataModule]:
         scheduler=instantiate(cfg.scheduler),
         label_smoothing=cfg.label_smoothing,
         augment=instantiate(cfg.augment, num_classes=data.num_classes) if cfg.augment else None,
+        compiled=cfg.compile,
         config=cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
     )
     return task, data
@@ -75,45 +67,59 @@ def describe(cfg: DictConfig, data: ImageDataModule) -> dict[str, Any]:
 def train(cfg: DictConfig, folder: Path) -> None:
     """One run into its folder: config.yaml, flops.json, metrics.csv, checkpoints/ and summary.json.
 
+    A run that the folder holds already goes on from its last checkpoint (ckpt_path=last).
     Raises SettingError before anything is written where a setting is wrong.
     """
+    quiet()
     if not 0 <= cfg.seed < 2**32:
         raise SettingError(f"seed={cfg.seed} must be a whole number from 0 to 2³² − 1")
     if cfg.trainer.limit_val_batches == 0:
         raise SettingError("trainer.limit_val_batches=0 leaves nothing to report; use 1 or more")
-    if (folder / "checkpoints").exists() or (folder / "summary.json").exists():
-        raise SettingError(f"the run folder {str(folder)!r} holds a run already; set hydra.run.dir to another")
+    start = starting_point(folder, cfg.ckpt_path, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
+    if start and (folder / "summary.json").exists() and start[0]["epoch"] + 1 >= cfg.trainer.max_epochs:
+        log.info("%s: this run is complete", folder / "summary.json")
+        return
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)
     task, data = build(cfg)
-    ckpt_path = None
-    if cfg.ckpt_path:
-        checkpoint, ckpt_path = load_checkpoint(cfg.ckpt_path)
-        load_weights(task, checkpoint, ckpt_path, task.config)
+    if start:
+        load_weights(task, *start, task.config)
     flops = count_flops(task.model, (3, data.image_size, data.image_size))
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     summary = RunSummary(folder, describe(cfg, data), flops)
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     trainer = instantiate(
         cfg.trainer,
-        callbacks=[*(instantiate(callback) for callback in cfg.callbacks.values() if callback), summary],
-        logger=[instantiate(logger) for logger in cfg.logger.values() if logger],
+        callbacks=[RandomState(cfg.seed), LoggerState(), *callbacks, summary],
+        logger=instantiate_loggers(cfg.logger, start[0] if start else None),
+        plugins=[AtomicCheckpointIO()],
         enable_progress_bar=bool(cfg.callbacks.get("progress_bar")),
-        enable_checkpointing=bool(cfg.callbacks.get("checkpoint")),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        use_distributed_sampler=False,  # the data module divides the images
         default_root_dir=folder,
     )
-    factors = ", ".join(f"{name} {value:.2f}" for name, value in flops.flop_factor.items())
-    log.info("run folder %s", folder)
-    log.info(
-        "%s parameters, %s MACs an image, fewer than dense by: %s", f"{flops.params:,}", f"{flops.total:,}", factors
-    )
-    trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
+    _, trainer.accumulate_grad_batches = data.split(trainer.world_size)
+    data.trainer = trainer
+    if start:
+        data.load_state_dict(start[0][type(data).__qualname__])
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        factors = ", ".join(f"{name} {value:.2f}" for name, value in flops.flop_factor.items())
+        log.info("run folder %s", folder)
+        log.info(
+            "%s parameters, %s MACs an image, fewer than dense by: %s", f"{flops.params:,}", f"{flops.total:,}", factors
+        )
+        if start:
+            log.info("going on from %s, after %d steps", start[1], start[0]["global_step"])
+    trainer.fit(task, data, ckpt_path=start[1] if start else None, weights_only=True)
     metrics = trainer.callback_metrics
     if "top1" not in metrics:  # the checkpoint had all its epochs behind it
+        trainer.loggers = []  # the curve has this validation already
         metrics = trainer.validate(task, data, verbose=False)[0]
     summary.write(trainer, metrics)
-    log.info("top-1 %.2f %%, written to %s", 100 * metrics["top1"], folder / "summary.json")
+    if trainer.is_global_zero:
+        log.info("top-1 %.2f %%, written to %s", 100 * metrics["top1"], folder / "summary.json")
 
 
 def one_line_errors(run: Callable[[], None]) -> None:
@@ -132,7 +138,8 @@ def one_line_errors(run: Callable[[], None]) -> None:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> None:
-    one_line_errors(lambda: train(cfg, Path(HydraConfig.get().runtime.output_dir)))
+    with one_job():
+        one_line_errors(lambda: train(cfg, Path(HydraConfig.get().runtime.output_dir)))
 
 
 if __name__ == "__main__":

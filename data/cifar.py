@@ -28,7 +28,7 @@ class CIFAR(ImageDataModule):
         download: fetch the data if `root` lacks it.
         image_size: images are resized to it if it is not 32.
         augment: random crop out of a border of 4 pixels, and horizontal flip.
-        **loading: batch_size, eval_batch_size, num_workers, pin_memory of `ImageDataModule`.
+        **loading: the further arguments of `ImageDataModule`.
 
     Raises:
         SettingError: another number of classes; when the data are opened: missing, damaged, or not downloadable.

@@ -1,11 +1,14 @@
 """What every image source has in common: sizes, loaders, and the names that the rest of the project reads."""
 
+import math
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from data.order import EpochOrder, SeededItems
 from stl.errors import SettingError
 
 
@@ -28,10 +31,15 @@ class ImageDataModule(pl.LightningDataModule):
 
     Args:
         image_size: side of the square images, in pixels.
-        batch_size: images a training step (on each device).
-        eval_batch_size: images an evaluation step; None means `batch_size`.
+        batch_size: images an optimizer step, over all devices together.
+        device_batch_size: images that a device takes at a time; a step accumulates as many such batches as it needs.
+            None means that each device takes its whole share of `batch_size` at once.
+        eval_batch_size: images an evaluation step, on each device; None means as in training.
         num_workers: worker processes of each loader; 0 loads in the main process.
         pin_memory: copy batches to page-locked memory; has no effect without a GPU.
+        seed: of the order and the augmentation of the training images.
+
+    Checkpoints carry the position in the epoch: a run that goes on takes the images that it would have taken.
 
     Raises:
         SettingError: one of these is out of range.
@@ -48,25 +56,26 @@ class ImageDataModule(pl.LightningDataModule):
         *,
         image_size: int,
         batch_size: int = 128,
+        device_batch_size: int | None = None,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         require(at_least(image_size, 1), "image_size", image_size, "a positive number of pixels")
         require(at_least(batch_size, 1), "batch_size", batch_size, "a positive number of images")
-        require(
-            eval_batch_size is None or at_least(eval_batch_size, 1),
-            "eval_batch_size",
-            eval_batch_size,
-            "a positive number of images, or null for batch_size",
-        )
+        for name, value in (("device_batch_size", device_batch_size), ("eval_batch_size", eval_batch_size)):
+            require(value is None or at_least(value, 1), name, value, "a positive number of images, or null")
         require(at_least(num_workers, 0), "num_workers", num_workers, "0 (load in the main process) or more")
         self.image_size = image_size
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.device_batch_size = device_batch_size
+        self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.seed = seed
+        self._position = {"epoch": 0, "batches": 0}
         self.train_data: Any = None  # Datasets, once `setup` has run
         self.val_data: Any = None
 
@@ -84,19 +93,85 @@ class ImageDataModule(pl.LightningDataModule):
         if self.val_data is None:
             self.val_data = self.val_set()
 
-    def train_dataloader(self) -> DataLoader:
-        full_batch = len(self.train_data) >= self.batch_size  # a set smaller than a batch is still trained on
-        return self._loader(self.train_data, batch_size=self.batch_size, shuffle=True, drop_last=full_batch)
+    def split(self, devices: int) -> tuple[int, int]:
+        """(images that each of `devices` takes at a time, batches that a step accumulates); their product times
+        `devices` is `batch_size`. Raises `SettingError` where there is no such split."""
+        share = self.device_batch_size or max(1, self.batch_size // devices)
+        steps, rest = divmod(self.batch_size, share * devices)
+        if rest or not steps:
+            raise SettingError(
+                f"data.batch_size={self.batch_size} does not split over {devices} device{'s' * (devices > 1)} with "
+                f"data.device_batch_size={self.device_batch_size}: it must be a multiple of {share} × {devices} = "
+                f"{share * devices}; change trainer.devices or one of the two"
+            )
+        return share, steps
 
-    def val_dataloader(self) -> DataLoader:
-        return self._loader(self.val_data, batch_size=self.eval_batch_size)
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the epoch, for a checkpoint that is written between two optimizer steps."""
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        epochs: Any = loop.epoch_progress.current
+        under_way = epochs.processed == epochs.completed  # else an epoch is at its end
+        batches = loop.epoch_loop.batch_progress.current.ready if under_way else 0
+        return {"epoch": epochs.processed, "batches": batches, **self._reading()}
 
-    def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises `SettingError` where the middle of an epoch was reached in another division of the images."""
+        if state_dict["batches"] and (
+            changed := [
+                f"{key} was {state_dict.get(key)}, is {now}"
+                for key, now in self._reading().items()
+                if state_dict.get(key) != now
+            ]
+        ):
+            raise SettingError(
+                f"the checkpoint stands in the middle of epoch {state_dict['epoch']}, and its images are divided "
+                f"otherwise now: {'; '.join(changed)}; make them agree, or go on from a checkpoint of a whole epoch"
+            )
+        self._position = {key: state_dict[key] for key in ("epoch", "batches")}
+
+    def _reading(self) -> dict[str, int]:
+        """What the meaning of a position in the middle of an epoch depends on."""
+        assert self.trainer is not None
+        devices = self.trainer.world_size
+        return {"trainer.devices": devices, "device batch": self.split(devices)[0], "data.batch_size": self.batch_size}
+
+    def train_dataloader(self) -> Any:
+        device, devices = self._place()
+        share, _ = self.split(devices)
+        order = EpochOrder(
+            len(self.train_data),
+            self.batch_size,
+            seed=self.seed,
+            device=device,
+            devices=devices,
+            epoch=self._position["epoch"],
+            skip=self._position["batches"] * share,
+        )
+        return self._loader(SeededItems(self.train_data), batch_size=share, sampler=order)
+
+    def val_dataloader(self) -> Any:
+        device, devices = self._place()
+        batch_size = self.eval_batch_size or self.split(devices)[0]
+        if devices == 1:
+            return self._loader(self.val_data, batch_size=batch_size)
+        sampler = UnrepeatedDistributedSampler(self.val_data, devices, device, shuffle=False)
+        fewest, most = len(self.val_data) // devices, math.ceil(len(self.val_data) / devices)  # images of a device
+        while math.ceil(fewest / batch_size) < math.ceil(most / batch_size):
+            batch_size += 1  # a device with one batch more would wait in it for the others
+        return self._loader(self.val_data, batch_size=batch_size, sampler=sampler)
+
+    def _place(self) -> tuple[int, int]:
+        """This process's number, and how many train together."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, dataset: Any, **options: Any) -> Any:
         return self.loader_class(
             dataset,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             collate_fn=self.collate,
+            generator=torch.Generator(),  # PyTorch's own would move each time that a loader is started
             **options,
         )

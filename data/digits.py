@@ -21,7 +21,7 @@ class Digits(ImageDataModule):
         image_size: side of the enlarged images, in pixels.
         augment: turn (±10°), shift (±10 %) and scale (±10 %) the training images at random.
         split_seed: picks the held-out images, stratified by class; independent of the training seed.
-        **loading: batch_size, eval_batch_size, num_workers, pin_memory of `ImageDataModule`.
+        **loading: the further arguments of `ImageDataModule`.
     """
 
     name = "digits"

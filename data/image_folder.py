@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import datasets
 
 from data.datamodule import ImageDataModule, at_least, require
+from data.transforms import eval_transform, train_transform
 from stl.errors import SettingError
 
 log = logging.getLogger(__name__)
@@ -68,10 +69,14 @@ class _Folder(datasets.ImageFolder):
 class _SkippingLoader(DataLoader):
     """Yields what was readable of each batch, after checking the count."""
 
+    def __init__(self, *args: Any, unreadable: Unreadable, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.unreadable = unreadable
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
             for batch in super().__iter__():
-                self.dataset.unreadable.check()  # type: ignore[attr-defined]
+                self.unreadable.check()
                 if batch is None:
                     raise SettingError(
                         f"data: a batch of {self.batch_size} holds no readable image; repair or remove "
@@ -132,14 +137,9 @@ class ImageFolder(ImageDataModule):
         root: folder with `train/` and `val/`.
         name: what tables call the data set; None means the root folder's name.
         image_size: side of the images, in pixels.
-        scale: smallest and largest part of an image's area that a training crop takes.
-        auto_augment: timm's name of an augmentation policy for training, as "rand-m9-mstd0.5-inc1"; None has none but
-            the random crop and flip.
-        interpolation: of the training crops: "bilinear", "bicubic", or "random" for either. Evaluation is bicubic.
-        crop_pct: part of the shorter side that the centre crop of the evaluation keeps.
-        mean, std: of each channel, for images in 0…1.
+        scale, auto_augment, interpolation, crop_pct, mean, std: see `data.transforms`.
         max_unreadable: how many unreadable images are skipped before the run stops.
-        **loading: batch_size, eval_batch_size, num_workers, pin_memory of `ImageDataModule`.
+        **loading: the further arguments of `ImageDataModule`.
 
     Raises:
         SettingError: at construction, if a setting or the tree is wrong; while loading, if one unreadable image
@@ -166,27 +166,14 @@ class ImageFolder(ImageDataModule):
     ) -> None:
         super().__init__(image_size=image_size, **loading)
         require(bool(root), "root", root, "a folder with train/ and val/")
-        low, high = scale if len(scale) == 2 else (0.0, 0.0)
-        require(0 < low <= high <= 1, "scale", list(scale), "two numbers with 0 < smallest <= largest <= 1")
-        choices = ("bilinear", "bicubic", "random")
-        require(interpolation in choices, "interpolation", interpolation, f"one of {', '.join(choices)}")
-        require(0 < crop_pct <= 1, "crop_pct", crop_pct, "a number in (0, 1]")
         require(at_least(max_unreadable, 0), "max_unreadable", max_unreadable, "0 or more images")
-        require(len(mean) == 3, "mean", list(mean), "three numbers")
-        require(len(std) == 3 and min(std) > 0, "std", list(std), "three positive numbers")
-
+        augmented = train_transform(
+            image_size, scale=scale, auto_augment=auto_augment, interpolation=interpolation, mean=mean, std=std
+        )
+        plain = eval_transform(image_size, crop_pct=crop_pct, mean=mean, std=std)
         path = Path(os.path.abspath(os.path.expanduser(root)))
         self._train, self._val = _open_tree(path)
-        common: dict[str, Any] = {"input_size": image_size, "mean": tuple(mean), "std": tuple(std)}
-        self._train.transform = create_transform(
-            **common,
-            is_training=True,
-            scale=(low, high),
-            color_jitter=0.0,
-            auto_augment=auto_augment,
-            interpolation=interpolation,
-        )
-        self._val.transform = create_transform(**common, interpolation="bicubic", crop_pct=crop_pct)
+        self._train.transform, self._val.transform = augmented, plain
         self.unreadable = Unreadable([self._train, self._val], max_unreadable)
         self.name = name or path.name
         self.num_classes = len(self._train.classes)
@@ -196,3 +183,6 @@ class ImageFolder(ImageDataModule):
 
     def val_set(self) -> Dataset:
         return self._val
+
+    def _loader(self, dataset: Any, **options: Any) -> Any:
+        return super()._loader(dataset, unreadable=self.unreadable, **options)

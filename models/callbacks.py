@@ -1,6 +1,7 @@
 """Lightning callbacks: the run's summary, and the stop at a loss or weights that are not finite."""
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -20,12 +21,17 @@ PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "hydra-core", "
 
 
 class RunSummary(pl.Callback):
-    """Writes flops.json when training starts, and summary.json, with accuracies in percent, when `write` is called."""
+    """Writes flops.json when training starts, and summary.json, with accuracies in percent, when `write` is called.
+
+    Its clocks run on over interruptions.
+    """
 
     def __init__(self, folder: Path, facts: dict[str, Any], flops: FlopReport) -> None:
         """`facts` are the keys of the summary that are known beforehand (dataset, model, linear, seed, …)."""
         self.folder, self.facts, self.flops = folder, facts, flops
-        self._images, self._seconds, self._mark, self._began = 0, 0.0, 0.0, 0.0
+        self._images, self._seconds, self._mark = 0, 0.0, 0.0
+        self._earlier, self._began = 0.0, 0.0  # seconds of wall time before the last interruption, start of this part
+        self._fresh = True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._began = time.perf_counter()
@@ -37,10 +43,20 @@ class RunSummary(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
-        if trainer.global_step > 1:  # the first batch pays for start-up
+        if not self._fresh:  # the first batch pays for start-up
             self._images += len(batch[0]) * trainer.world_size
             self._seconds += now - self._mark
-        self._mark = now
+        self._mark, self._fresh = now, False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self._images, "seconds": self._seconds, "wall_seconds": self._wall_seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._images, self._seconds = state_dict["images"], state_dict["seconds"]
+        self._earlier = state_dict["wall_seconds"]
+
+    def _wall_seconds(self) -> float:
+        return self._earlier + time.perf_counter() - self._began
 
     def write(self, trainer: pl.Trainer, metrics: Mapping[str, Any]) -> None:
         """Write summary.json from the metrics of the last validation."""
@@ -56,9 +72,10 @@ class RunSummary(pl.Callback):
             **{key: counts[key] for key in ("macs", "dense_macs", "flop_factor")},
             "epochs": trainer.current_epoch,
             "images_per_second": self._images / self._seconds if self._seconds else None,
-            "wall_seconds": time.perf_counter() - self._began,
+            "wall_seconds": self._wall_seconds(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": describe_device(trainer.strategy.root_device),
+            "devices": trainer.world_size,
             "precision": str(trainer.precision),
             "git_commit": git_commit(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -127,7 +144,10 @@ def describe_device(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with "+changes" where files differ from it; None outside a repository."""
+    """The commit of this code, with "+changes" where files differ from it.
+
+    Outside a repository the environment variable GIT_COMMIT says it, or else it is None.
+    """
     root = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -136,7 +156,7 @@ def git_commit() -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("GIT_COMMIT")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from stl import SettingError
 log = logging.getLogger(__name__)
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, by the steps in their names; without `last.ckpt`, which is one of them."""
+    own = [path for path in folder.glob("*.ckpt") if re.fullmatch(r"\d+-\d+", path.stem)]
+    return sorted(own, key=lambda path: int(path.stem.partition("-")[2]), reverse=True)
+
+
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Any], Path]:
     """The checkpoint and the file it came from: `path`, or the newest readable one beside it where it is damaged.
 
@@ -23,8 +30,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Any], Path]:
     path = Path(path)
     if not path.is_file():
         raise SettingError(f"checkpoint {str(path)!r} does not exist; give the path of a .ckpt file")
-    others = sorted(path.parent.glob("*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)
     real = path.resolve()
+    others = newest_first(path.parent)
     for candidate in [path, *(other for other in others if other.resolve() != real)]:
         try:
             checkpoint = torch.load(candidate, map_location="cpu", weights_only=True)

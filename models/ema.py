@@ -5,6 +5,9 @@ from typing import Any
 import pytorch_lightning as pl
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from models.sharding import load_whole_state_dict, shard, whole_state_dict
 
 
 class ModelEma(pl.Callback):
@@ -23,9 +26,15 @@ class ModelEma(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if self.ema is None:
             self.ema = ModelEmaV3(pl_module.model, decay=self.decay)
+            if pl_module.compiled:
+                self._average.compile()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._average.to(pl_module.device)
+        if isinstance(pl_module.model, FSDPModule):
+            shard(self._average, pl_module.device_mesh["data_parallel"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -36,16 +45,16 @@ class ModelEma(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._current = pl_module.model
-        pl_module.model = self._average.to(pl_module.device)
+        pl_module.model = self._average
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         pl_module.model = self._current
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self._average.state_dict()}
+        return {"model": whole_state_dict(self._average)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._average.load_state_dict(state_dict["model"])
+        load_whole_state_dict(self._average, state_dict["model"])
 
     @property
     def _average(self) -> nn.Module:

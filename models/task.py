@@ -5,9 +5,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch.nn.functional as F
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
+
+from models.sharding import shard
 
 
 class ClassificationTask(pl.LightningModule):
@@ -18,6 +23,7 @@ class ClassificationTask(pl.LightningModule):
         scheduler: makes the schedule, from the optimizer and the keywords `epochs` and `steps_per_epoch`; it is
             stepped with `step_update(number of steps done)`.
         augment: (images, labels) → (images, soft targets), applied to training batches on their device.
+        compiled: whether torch.compile takes the model's forward pass.
         config: the resolved configuration; it travels in every checkpoint, so that one file says what it is.
     """
 
@@ -30,14 +36,20 @@ class ClassificationTask(pl.LightningModule):
         scheduler: Callable[..., Any],
         label_smoothing: float = 0.0,
         augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        compiled: bool = False,
         config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.compiled = compiled
+        if compiled:
+            self.model.compile()
         self.label_smoothing = label_smoothing
         self._augment = augment
         self.config = config or {}
         self._optimizer, self._scheduler = optimizer, scheduler
+        self.train_loss = MeanMetric()  # its state goes into checkpoints, also in the middle of an epoch
+        self.train_loss.persistent(True)
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
 
@@ -47,17 +59,31 @@ class ClassificationTask(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, targets = batch if self._augment is None else self._augment(*batch)
         loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        self.train_loss.update(loss.detach(), len(images))
+        self.log("loss", loss, prog_bar=True, logger=False)
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        # Straight to the loggers: what self.log is given here is written only after the checkpoint of the epoch.
+        loss = self.train_loss.compute()
+        for logger in self.loggers:
+            logger.log_metrics({"train_loss": float(loss), "epoch": self.current_epoch}, step=self.global_step - 1)
+        self.train_loss.reset()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, labels = batch
         logits = self(images)
         self.top1(logits, labels)
         self.top5(logits, labels)
-        self.log("val_loss", F.cross_entropy(logits, labels), prog_bar=True, batch_size=len(images))
+        loss = F.cross_entropy(logits, labels)
+        self.log("val_loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
         self.log("top1", self.top1, prog_bar=True, batch_size=len(images))
         self.log("top5", self.top5, batch_size=len(images))
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.model, FSDPModule):
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer(self.model)

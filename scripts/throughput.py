@@ -1,9 +1,11 @@
-"""Images a second of models on this machine's GPU, compiled, in bf16: inference, training step, peak memory.
+"""Images a second of models on this machine's GPUs, compiled, in bf16: inference, training step, peak memory.
 
     python scripts/throughput.py --out results/throughput_h200.json
-    python scripts/throughput.py --models t2t_vit_7 --data-root datasets/imagenet   # the loader as well
+    python scripts/throughput.py --models all --rank 24
+    python scripts/throughput.py --models t2t_vit_7 --devices 2 --strategy ddp fsdp2   # on one GPU, then on two
 
-The file is rewritten after every row, and rows that it has are not measured again: a stopped program goes on.
+Images are random and on the GPU: bench_loader.py measures what brings them there. The file is rewritten after every
+row, and models that it has are not measured again: a stopped program goes on.
 """
 
 import argparse
@@ -14,147 +16,263 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import chain, islice, repeat
+from itertools import product
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
-from data.image_folder import ImageFolder
 from models.build import build_model
 from models.callbacks import git_commit, write_json
+from models.sharding import shard
+from models.t2t_vit import VARIANTS
 from stl import STLLinear
 
-
-def seconds_a_call(run: Callable[[], None], warmup: int, repeats: int) -> float:
-    """Median seconds of a call on the GPU, by events."""
-    for _ in range(warmup):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
+STRATEGIES = ("ddp", "fsdp2")
+SAME = ("gpu", "driver", "versions", "git_commit")  # what rows of one file have in common
 
 
-def measure(name: str, linear: Any, batch_size: int, repeats: int) -> dict[str, float]:
-    """Images a second of inference and of a whole training step (AdamW included), and the step's peak memory in GiB."""
-    torch._dynamo.reset()
-    model = build_model(name, num_classes=1000, img_size=224, linear=linear).cuda()
-    images = torch.randn(batch_size, 3, 224, 224, device="cuda")
-    labels = torch.randint(1000, (batch_size,), device="cuda")
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
-    compiled = torch.compile(model)
+@dataclass(frozen=True)
+class Case:
+    """What one row of the file measures."""
+
+    model: str
+    linear: str  # a key of `linears()`
+    batch_size: int  # images on each device
+    devices: int = 1
+    strategy: str | None = None  # with several devices, one of STRATEGIES
+
+
+@dataclass(frozen=True)
+class How:
+    """How every row is measured."""
+
+    repeats: int = 20
+    warmup: int = 5
+    image_size: int = 224
+    device: str = "cuda"  # "cpu" is there for the tests
+
+
+def linears(ranks: list[int]) -> dict[str, Callable[..., nn.Module]]:
+    """The linear layers by the names they have in tables."""
+    return {
+        "dense": nn.Linear,
+        **{f"stl t=4 r={rank}": partial(STLLinear, tile=4, rank=rank, basis="frame") for rank in ranks},
+    }
+
+
+def measure(case: Case, linear: Callable[..., nn.Module], how: How) -> dict[str, float]:
+    """Images a second over all devices of a whole training step (AdamW included); the step's peak memory in GiB on the
+    first device; on one device also images a second of inference. Each device has a process of its own."""
+    with TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_process, (case, linear, how, Path(folder)), nprocs=case.devices)
+        return json.loads((Path(folder) / "rates.json").read_text())
+
+
+def _process(rank: int, case: Case, linear: Callable[..., nn.Module], how: How, folder: Path) -> None:
+    device = torch.device(f"cuda:{rank}" if how.device == "cuda" else how.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if case.devices > 1:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{folder}/rendezvous",  # needs no free port
+            rank=rank,
+            world_size=case.devices,
+            device_id=device if device.type == "cuda" else None,
+        )
+    rates = _rates(case, linear, how, device)
+    if rank == 0:
+        write_json(folder / "rates.json", rates)
+    if case.devices > 1:
+        dist.destroy_process_group()
+
+
+def _rates(case: Case, linear: Callable[..., nn.Module], how: How, device: torch.device) -> dict[str, float]:
+    model = build_model(case.model, num_classes=1000, img_size=how.image_size, linear=linear).to(device)
+    images = torch.randn(case.batch_size, 3, how.image_size, how.image_size, device=device)
+    labels = torch.randint(1000, (case.batch_size,), device=device)
+    compiled = compile_parallel(model, case.strategy, device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def infer() -> None:
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
             compiled(images)
 
     def train() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = F.cross_entropy(compiled(images), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    model.eval()
-    inference = batch_size / seconds_a_call(infer, 5, repeats)
-    model.train()
-    train()
-    torch.cuda.reset_peak_memory_stats()
-    training = batch_size / seconds_a_call(train, 5, repeats)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"inference_images_per_second": inference, "training_images_per_second": training, "peak_memory_gib": peak}
+    rates = {}
+    if case.devices == 1:
+        model.eval()
+        rates["inference_images_per_second"] = case.batch_size / seconds_a_call(infer, how, device)
+        model.train()
+    train()  # the optimizer has its state from here on
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    rates["training_images_per_second"] = case.devices * case.batch_size / seconds_a_call(train, how, device)
+    if device.type == "cuda":
+        rates["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return rates
 
 
-def loader_rates(root: str, workers: int, batches: int) -> Iterator[tuple[str, float]]:
-    """Images a second that the recipe's training loader, and the evaluation loader, deliver, epoch after epoch."""
-    source = ImageFolder(
-        root=root,
-        auto_augment="rand-m9-mstd0.5-inc1",
-        interpolation="random",
-        batch_size=16,  # small, so that a small folder keeps all workers busy
-        num_workers=workers,
-    )
-    source.setup()
-    for split, loader in (("train", source.train_dataloader()), ("val", source.val_dataloader())):
-        stream = chain.from_iterable(repeat(loader))
-        next(stream)  # waits for the workers to start
-        began = time.perf_counter()
-        seen = sum(len(images) for images, _ in islice(stream, batches))
-        yield split, seen / (time.perf_counter() - began)
+def compile_parallel(model: nn.Module, strategy: str | None, device: torch.device) -> nn.Module:
+    """The model, compiled, as one of several processes trains it.
+
+    DDP is compiled from outside, so that Dynamo splits the graph where a gradient bucket is full and its all-reduce
+    overlaps the rest of the backward pass. FSDP2 gathers and frees weights in hooks around each block, which no graph
+    can hold: what lies between them is compiled.
+    """
+    if strategy == "fsdp2":
+        shard(model, init_device_mesh(device.type, (dist.get_world_size(),)))
+        divided = [part for part in model.modules() if isinstance(part, FSDPModule) and part is not model]
+        whole = [part for part in model.children() if not set(divided) & set(part.modules())]
+        for part in (*divided, *whole):
+            part.forward = torch.compile(part.forward)
+        return model
+    if strategy == "ddp":
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return cast(nn.Module, torch.compile(model))
+
+
+def seconds_a_call(run: Callable[[], None], how: How, device: torch.device) -> float:
+    """Median seconds of a call, by events on a GPU; of several processes, which begin together, the slowest counts."""
+    times = []
+    for _ in range(how.warmup + how.repeats):
+        if dist.is_initialized():
+            dist.barrier()
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        else:
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+    slowest = torch.tensor(times[how.warmup :], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return statistics.median(slowest.tolist())
 
 
 def machine() -> dict[str, Any]:
     """What a reader needs to know of where the numbers come from."""
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    gpu = driver = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver.stdout.split()[0],
-        "cpu_cores": os.cpu_count(),
+        "gpu": gpu,
+        "driver": driver,
+        "cpu": cpu(),
+        "cpu_cores": len(os.sched_getaffinity(0)),  # those that this process may use
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-        "precision": "bf16 autocast, torch.compile",
-        "image_size": 224,
     }
+
+
+def cpu() -> str:
+    """The processor's name, as Linux has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def read_rows(path: Path, here: dict[str, Any]) -> dict[Case, dict[str, Any]]:
+    """The rows of a file that this machine and this code wrote; exits where another did."""
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text())
+    changed = [
+        f"{key} was {earlier['machine'].get(key)}, is {here[key]}"
+        for key in SAME
+        if earlier["machine"].get(key) != here[key]
+    ]
+    if changed:
+        sys.exit(f"error: {path} is of another machine or version ({'; '.join(changed)}); give --out another file")
+    return {
+        Case(**{key: row[key] for key in Case.__dataclass_fields__ if key in row}): row for row in earlier["models"]
+    }
+
+
+def describe(row: dict[str, Any]) -> str:
+    words = [f"{row['model']:12} {row['linear']:12} × {row['devices']} {row['strategy'] or '':5}"]
+    if "inference_images_per_second" in row:
+        words.append(f"inference {row['inference_images_per_second']:.0f} images/s")
+    words.append(f"training {row['training_images_per_second']:.0f} images/s")
+    if "scaling_efficiency" in row:
+        words.append(f"scaling efficiency {row['scaling_efficiency']:.3f}")
+    if "peak_memory_gib" in row:
+        words.append(f"{row['peak_memory_gib']:.1f} GiB")
+    return "   ".join(words)
+
+
+def measure_all(cases: list[list[Case]], ranks: list[int], how: How, out: Path, here: dict[str, Any]) -> None:
+    """Measure what the file lacks. Each group of cases begins with the one on one device, and where one of the group is
+    missing the whole is measured: scaling efficiency compares numbers of one call."""
+    rows = read_rows(out, here)
+    for group in cases:
+        if all(case in rows for case in group):
+            continue
+        single = None
+        for case in group:
+            row: dict[str, Any] = {**vars(case), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+            row |= measure(case, linears(ranks)[case.linear], how)
+            rate = row["training_images_per_second"]
+            single = single or rate
+            if case.devices > 1:
+                row["scaling_efficiency"] = rate / (case.devices * single)
+            rows[case] = row
+            write_json(out, {"machine": here, "models": list(rows.values())})
+            print(describe(row), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["t2t_vit_7", "t2t_vit_14"])
+    parser.add_argument("--models", nargs="+", default=["t2t_vit_7", "t2t_vit_14"], help="or all: every T2T-ViT")
     parser.add_argument("--rank", type=int, nargs="+", default=[16, 24])
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=256, help="images on each GPU")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--data-root", help="an image folder, to measure the loader on")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--devices", type=int, default=1, help="GPUs; several are compared with one")
+    parser.add_argument("--strategy", nargs="+", choices=STRATEGIES, default=["ddp"], help="with several GPUs")
     parser.add_argument("--out", type=Path, default=Path("results/throughput.json"))
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("error: this measures a GPU and finds none")
+    if torch.cuda.device_count() < arguments.devices:
+        sys.exit(f"error: this measures {arguments.devices} GPU(s) and finds {torch.cuda.device_count()}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    choices: dict[str, Any] = {"dense": nn.Linear}
-    choices |= {f"stl t=4 r={rank}": partial(STLLinear, tile=4, rank=rank, basis="frame") for rank in arguments.rank}
-    result: dict[str, Any] = {"machine": machine(), "loader": {}, "models": []}
-    if arguments.out.exists():
-        earlier = json.loads(arguments.out.read_text())
-        if earlier["machine"]["gpu"] != result["machine"]["gpu"]:
-            sys.exit(f"error: {arguments.out} is of a {earlier['machine']['gpu']}; give --out another file")
-        result = earlier
-    done = {(row["model"], row["linear"], row["batch_size"]) for row in result["models"]}
-    if arguments.data_root:
-        for split, rate in loader_rates(arguments.data_root, arguments.workers, batches=600):
-            result["loader"][f"{split}_images_per_second"] = rate
-            print(f"loader, {split}, {arguments.workers} workers: {rate:.0f} images/s", flush=True)
-        write_json(arguments.out, result)
-    for name in arguments.models:
-        for label, linear in choices.items():
-            if (name, label, arguments.batch_size) in done:
-                continue
-            row: dict[str, Any] = {"model": name, "linear": label, "batch_size": arguments.batch_size}
-            row["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-            row |= measure(name, linear, arguments.batch_size, arguments.repeats)
-            result["models"].append(row)
-            write_json(arguments.out, result)
-            print(
-                f"{name:12} {label:14} inference {row['inference_images_per_second']:8.0f} images/s   training "
-                f"{row['training_images_per_second']:7.0f} images/s   {row['peak_memory_gib']:.1f} GiB",
-                flush=True,
-            )
+    models = [name for name in VARIANTS if name != "t2t_vit_tiny"] if arguments.models == ["all"] else arguments.models
+    how = How(repeats=arguments.repeats)
+    cases = []
+    for model, linear in product(models, linears(arguments.rank)):
+        single = Case(model, linear, arguments.batch_size)
+        several = arguments.strategy if arguments.devices > 1 else []
+        cases.append([single, *(replace(single, devices=arguments.devices, strategy=name) for name in several)])
+    here = machine() | {"precision": "bf16 autocast, torch.compile", "image_size": how.image_size}
+    measure_all(cases, arguments.rank, how, arguments.out, here)
 
 
 if __name__ == "__main__":

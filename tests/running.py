@@ -18,6 +18,8 @@ CONFIGS = ROOT / "configs"
 QUICK = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1", "data.batch_size=8"]
 QUICK += ["callbacks.progress_bar=null", "trainer.accelerator=cpu"]
 
+TIMES = {"images_per_second", "wall_seconds", "date"}  # what a clock says differs from run to run
+
 
 def run(folder: Path, *overrides: str) -> dict:
     """train.py in this process; returns summary.json."""
@@ -34,9 +36,9 @@ def run(folder: Path, *overrides: str) -> dict:
 
 
 def program(
-    *words: str, env: dict[str, str] | None = None, without: tuple[str, ...] = ()
+    *words: str, env: dict[str, str] | None = None, without: tuple[str, ...] = (), cwd: Path = ROOT
 ) -> subprocess.CompletedProcess:
     """A program of ours in its own process, on one thread, with variables set or taken out of its environment."""
     own = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     own = {name: value for name, value in own.items() if name not in without}
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=own)
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, env=own)

@@ -8,14 +8,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from running import CONFIGS, QUICK, program, run
+from running import CONFIGS, QUICK, TIMES, program, run
 
 from stl import SettingError, STLLinear
 
 EXPERIMENTS = sorted(
     str(path.relative_to(CONFIGS / "experiment").with_suffix("")) for path in CONFIGS.glob("experiment/**/*.yaml")
 )
-TIMES = {"images_per_second", "wall_seconds", "date"}
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from torch.utils.data import RandomSampler, TensorDataset
+from torch.utils.data import TensorDataset
 
 from data.cifar import CIFAR
 from data.datamodule import ImageDataModule
 from data.digits import Digits
 from data.image_folder import ImageFolder
+from data.shards import Shards
 from stl.errors import SettingError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
@@ -37,10 +40,69 @@ def ready(length: int, **loading) -> Constant:
     return source
 
 
+class Trainer:
+    """A trainer as far as a data module looks at it."""
+
+    def __init__(self, rank: int, world: int, source: ImageDataModule) -> None:
+        self.global_rank, self.world_size = rank, world
+        source.trainer = self
+
+
+def labels_of(source: Constant, *, epoch: int = 0, batches: int = 0) -> list[list[int]]:
+    source._position = {"epoch": epoch, "batches": batches}
+    return [labels.tolist() for _, labels in source.train_dataloader()]
+
+
 def test_training_shuffles_and_drops_the_incomplete_batch():
-    loader = ready(10, batch_size=4).train_dataloader()
-    assert isinstance(loader.sampler, RandomSampler)
-    assert [len(labels) for _, labels in loader] == [4, 4]
+    first, second = labels_of(ready(10, batch_size=4)), labels_of(ready(10, batch_size=4), epoch=1)
+    assert [len(batch) for batch in first] == [len(batch) for batch in second] == [4, 4]
+    assert first != second
+    assert len({label for batch in first for label in batch}) == 8
+    assert first == labels_of(ready(10, batch_size=4))
+    assert first != labels_of(ready(10, batch_size=4, seed=1))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_an_epoch_is_entered_anywhere_and_goes_on_as_it_would_have(workers):
+    whole = labels_of(ready(23, batch_size=4), epoch=2)
+    for done in range(len(whole)):
+        assert labels_of(ready(23, batch_size=4, num_workers=workers), epoch=2, batches=done) == whole[done:]
+
+
+@given(images=st.integers(1, 60), batch=st.integers(1, 24), devices=st.integers(1, 4), steps=st.integers(1, 3))
+def test_devices_divide_each_step_of_one_device(images, batch, devices, steps):
+    batch *= devices * steps
+    whole = labels_of(ready(images, batch_size=batch))
+    parts = []
+    for device in range(devices):
+        source = ready(images, batch_size=batch, device_batch_size=batch // devices // steps)
+        Trainer(device, devices, source)
+        assert source.split(devices) == (batch // devices // steps, steps)
+        parts.append(labels_of(source))
+    assert len({len(part) for part in parts}) == 1
+    if images < batch:  # one smaller batch, of which each device has as much as the others
+        assert len({label for part in parts for own in part for label in own}) == images - images % devices
+        return
+    for step, expected in enumerate(whole):
+        taken = [label for part in parts for own in part[step * steps : (step + 1) * steps] for label in own]
+        assert sorted(taken) == sorted(expected)
+
+
+@pytest.mark.parametrize(("batch", "own", "devices"), [(512, None, 3), (512, 200, 1), (512, 1024, 1), (8, None, 16)])
+def test_an_impossible_split_is_an_error(batch, own, devices):
+    with pytest.raises(SettingError, match=f"data.batch_size={batch} does not split over {devices} device"):
+        Constant(4, batch_size=batch, device_batch_size=own).split(devices)
+
+
+@pytest.mark.parametrize(("images", "devices", "size"), [(10, 3, 3), (10, 4, 2), (7, 2, 3), (9, 2, 4), (12, 3, 2)])
+def test_evaluation_on_several_devices_takes_every_image_once_in_as_many_batches(images, devices, size):
+    parts = []
+    for device in range(devices):
+        source = ready(images, batch_size=devices, eval_batch_size=size)
+        Trainer(device, devices, source)
+        parts.append([labels.tolist() for _, labels in source.val_dataloader()])
+    assert sorted(label for part in parts for batch in part for label in batch) == list(range(images))
+    assert len({len(part) for part in parts}) == 1
 
 
 def test_a_set_smaller_than_a_batch_is_trained_on():
@@ -53,8 +115,8 @@ def test_evaluation_keeps_order_and_every_image():
     assert batches == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
 
 
-def test_eval_batch_size_defaults_to_batch_size():
-    assert Constant(1, batch_size=7).eval_batch_size == 7
+def test_eval_batch_size_defaults_to_that_of_training():
+    assert ready(7, batch_size=4).val_dataloader().batch_size == 4
 
 
 def test_evaluation_alone_does_not_build_the_training_set():
@@ -76,7 +138,7 @@ def test_workers_persist():
         ("image_size", 0, "a positive number of pixels"),
         ("image_size", 32.5, "a positive number of pixels"),
         ("batch_size", 0, "a positive number of images"),
-        ("eval_batch_size", -1, "a positive number of images, or null for batch_size"),
+        ("eval_batch_size", -1, "a positive number of images, or null"),
         ("num_workers", -1, "0 (load in the main process) or more"),
     ],
 )
@@ -87,11 +149,18 @@ def test_out_of_range(setting, value, allowed):
 
 
 @pytest.mark.parametrize(
-    ("file", "source"), [("digits", Digits), ("cifar10", CIFAR), ("cifar100", CIFAR), ("image_folder", ImageFolder)]
+    ("file", "source"),
+    [
+        ("digits", Digits),
+        ("cifar10", CIFAR),
+        ("cifar100", CIFAR),
+        ("image_folder", ImageFolder),
+        ("imagenet_wds", Shards),
+    ],
 )
 def test_yaml_shows_every_argument(file, source):
     config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{file}.yaml"))
     parameters = {**inspect.signature(ImageDataModule).parameters, **inspect.signature(source).parameters}
-    del parameters["loading"]
+    del parameters["loading"], parameters["seed"]  # the seed is the run's
     assert config.pop("_target_") == f"{source.__module__}.{source.__name__}"
     assert set(config) == set(parameters)

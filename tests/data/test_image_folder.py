@@ -263,7 +263,12 @@ def test_the_count_survives_spawned_workers(root):
     source = ready(root)
     plain = source.val_dataloader()
     loader = type(plain)(
-        source.val_data, batch_size=3, num_workers=1, multiprocessing_context="spawn", collate_fn=source.collate
+        source.val_data,
+        batch_size=3,
+        num_workers=1,
+        multiprocessing_context="spawn",
+        collate_fn=source.collate,
+        unreadable=source.unreadable,
     )
     assert isinstance(plain, DataLoader)
     assert [len(labels) for _, labels in loader] == [2, 2]

@@ -20,7 +20,6 @@ def save(path, epoch):
         },
         path,
     )
-    os.utime(path, (epoch, epoch))
     return path
 
 
@@ -32,15 +31,15 @@ def test_a_sound_checkpoint_is_read(tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 2000, -1])
 def test_a_truncated_one_falls_back_to_the_one_before_and_says_so(tmp_path, keep, caplog):
-    save(tmp_path / "001.ckpt", 1)
-    save(tmp_path / "002.ckpt", 2)
-    newest = save(tmp_path / "003.ckpt", 3)
+    save(tmp_path / "001-00000010.ckpt", 1)
+    save(tmp_path / "002-00000020.ckpt", 2)
+    newest = save(tmp_path / "003-00000030.ckpt", 3)
     newest.write_bytes(newest.read_bytes()[:keep])
-    (tmp_path / "last.ckpt").symlink_to("003.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("003-00000030.ckpt")
     with caplog.at_level(logging.WARNING):
         checkpoint, path = load_checkpoint(tmp_path / "last.ckpt")
     assert checkpoint["epoch"] == 2
-    assert path == tmp_path / "002.ckpt"
+    assert path == tmp_path / "002-00000020.ckpt"
     assert "last.ckpt is damaged; trying the one before it" in caplog.text
 
 

@@ -1,0 +1,71 @@
+"""Where a run begins: anew, with what its folder holds, or with a checkpoint from elsewhere."""
+
+from pathlib import Path
+from typing import Any
+
+from models.checkpoint import load_checkpoint, newest_first
+from stl import SettingError
+
+# Settings that may change when a run goes on; all others make another run.
+_CIRCUMSTANCES = {
+    "data": ("root", "num_workers", "pin_memory", "device_batch_size", "eval_batch_size", "max_unreadable"),
+    "model": (),
+    "linear": (),
+    "optimizer": (),
+    "scheduler": (),
+    "augment": (),
+}
+
+
+def starting_point(folder: Path, ckpt_path: str | None, config: dict[str, Any]) -> tuple[dict[str, Any], Path] | None:
+    """The checkpoint that a run goes on from, with its file, or None where it starts anew.
+
+    Args:
+        folder: of the run.
+        ckpt_path: "last" for the folder's own newest readable checkpoint, a file, or None.
+        config: the resolved configuration.
+
+    Raises SettingError where the folder holds a run and this is not it.
+    """
+    if ckpt_path not in (None, "last"):
+        if _holds_a_run(folder):
+            raise SettingError(f"the run folder {str(folder)!r} holds a run already; set hydra.run.dir to another")
+        return load_checkpoint(ckpt_path)
+    if not _holds_a_run(folder):
+        return None
+    if ckpt_path is None:
+        raise SettingError(
+            f"the run folder {str(folder)!r} holds a run already; ckpt_path=last goes on with it, "
+            "or set hydra.run.dir to another"
+        )
+    files = newest_first(folder / "checkpoints")
+    if not files:
+        raise SettingError(
+            f"the run folder {str(folder)!r} holds a run without checkpoints; set hydra.run.dir to another"
+        )
+    checkpoint, path = load_checkpoint(files[0])
+    if changed := _differences(checkpoint["config"], config):
+        raise SettingError(
+            f"the run folder {str(folder)!r} holds a run with other settings: {'; '.join(changed)}; make them agree to "
+            "go on with it, or set hydra.run.dir to another"
+        )
+    return checkpoint, path
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return (folder / "summary.json").exists() or bool(newest_first(folder / "checkpoints"))
+
+
+def _differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The settings that make this another run than the saved one, each with both values."""
+    changed = [
+        f"{key} was {saved.get(key)}, is {ours[key]}"
+        for key in ("seed", "label_smoothing")
+        if saved.get(key) != ours[key]
+    ]
+    for group, free in _CIRCUMSTANCES.items():
+        theirs, own = saved.get(group) or {}, ours[group] or {}
+        for key in dict.fromkeys([*theirs, *own]):
+            if key not in free and theirs.get(key) != own.get(key):
+                changed.append(f"{group}.{key} was {theirs.get(key)}, is {own.get(key)}")
+    return changed

@@ -1,0 +1,189 @@
+"""scripts/throughput.py on the CPU: that it runs, alone and in several processes, and which rows it measures."""
+
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import throughput  # noqa: E402
+from throughput import Case, How  # noqa: E402
+
+QUICK = How(repeats=2, warmup=1, image_size=32, device="cpu")
+HERE = {"gpu": "X", "driver": "1", "versions": {"torch": "2"}, "git_commit": "abc", "date": "today"}
+SINGLE = Case("t2t_vit_tiny", "dense", 2)
+DDP = Case("t2t_vit_tiny", "dense", 2, devices=2, strategy="ddp")
+
+
+@pytest.fixture(autouse=True)
+def not_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+
+
+@pytest.mark.parametrize("linear", ["dense", "stl t=4 r=16"])
+def test_one_device(linear, tmp_path):
+    case = Case("t2t_vit_tiny", linear, 2)
+    throughput._process(0, case, throughput.linears([16])[linear], QUICK, tmp_path)
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    assert set(rates) == {"inference_images_per_second", "training_images_per_second"}
+    assert min(rates.values()) > 0
+
+
+@pytest.mark.parametrize("strategy", throughput.STRATEGIES)
+def test_two_processes(strategy, monkeypatch):
+    def fork(function, arguments, nprocs):  # spawned processes would spend most of the test importing
+        pickle.dumps((function, arguments))
+        torch.multiprocessing.start_processes(function, arguments, nprocs, start_method="fork")
+
+    monkeypatch.setattr(torch.multiprocessing, "spawn", fork)
+    case = Case("t2t_vit_tiny", "stl t=4 r=16", 2, devices=2, strategy=strategy)
+    rates = throughput.measure(case, throughput.linears([16])[case.linear], QUICK)
+    assert set(rates) == {"training_images_per_second"}
+    assert rates["training_images_per_second"] > 0
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_ddp_is_compiled_from_outside(alone, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module: ("compiled", module))
+    model = throughput.build_model("t2t_vit_tiny", num_classes=10, img_size=32)
+    word, wrapped = throughput.compile_parallel(model, "ddp", torch.device("cpu"))
+    assert word == "compiled"
+    assert isinstance(wrapped, throughput.DistributedDataParallel)
+    assert wrapped.module is model
+
+
+def test_fsdp2_compiles_every_part_of_the_model_once(alone, monkeypatch):
+    parts = []
+    monkeypatch.setattr(torch, "compile", lambda function: parts.append(function.__self__) or function)
+    model = throughput.build_model("t2t_vit_tiny", num_classes=10, img_size=32)
+    assert throughput.compile_parallel(model, "fsdp2", torch.device("cpu")) is model
+    names = [name for name, module in model.named_modules() if any(module is part for part in parts)]
+    assert names == ["tokens_to_token", "pos_drop", "blocks.0", "blocks.1", "blocks.2", "norm", "head"]
+    assert len(parts) == len(names)
+    assert all(isinstance(module, throughput.FSDPModule) for module in (model, *model.blocks))
+
+
+def test_the_median_of_the_calls_behind_the_warm_up(monkeypatch):
+    ends = iter([100, 100, 3, 1, 2])  # seconds of each call
+    moments = []
+
+    def clock() -> float:
+        moments.append(0 if len(moments) % 2 == 0 else next(ends))
+        return moments[-1]
+
+    monkeypatch.setattr(throughput.time, "perf_counter", clock)
+    assert throughput.seconds_a_call(lambda: None, How(repeats=3, warmup=2), torch.device("cpu")) == 2
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Cases that were measured, instead of measuring: 100 images a second on one device, 150 on two."""
+    calls = []
+
+    def measure(case, linear, how):
+        calls.append(case)
+        return {"training_images_per_second": 100.0 if case.devices == 1 else 150.0, "peak_memory_gib": 1.0}
+
+    monkeypatch.setattr(throughput, "measure", measure)
+    return calls
+
+
+def measure_all(out, *groups, here=HERE):
+    throughput.measure_all([list(group) for group in groups], [16], QUICK, out, here)
+    return json.loads(out.read_text())["models"]
+
+
+def test_efficiency_compares_with_one_device(tmp_path, calls, capsys):
+    single, double = measure_all(tmp_path / "file.json", [SINGLE, DDP])
+    assert (single["devices"], single["strategy"], "scaling_efficiency" in single) == (1, None, False)
+    assert (double["devices"], double["strategy"], double["scaling_efficiency"]) == (2, "ddp", 0.75)
+    assert "scaling efficiency 0.750" in capsys.readouterr().out
+
+
+def test_rows_that_the_file_has_are_not_measured_again(tmp_path, calls):
+    out = tmp_path / "file.json"
+    measure_all(out, [SINGLE])
+    other = Case("t2t_vit_tiny", "stl t=4 r=16", 2)
+    assert len(measure_all(out, [SINGLE], [other])) == 2
+    assert calls == [SINGLE, other]
+
+
+def test_one_device_is_measured_in_the_same_call_as_several(tmp_path, calls):
+    out = tmp_path / "file.json"
+    measure_all(out, [SINGLE])
+    rows = measure_all(out, [SINGLE, DDP])
+    assert calls == [SINGLE, SINGLE, DDP]
+    assert [row["devices"] for row in rows] == [1, 2]
+
+
+def test_a_stopped_program_keeps_its_rows(tmp_path, calls, monkeypatch):
+    def fails(case, linear, how):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "file.json"
+    measure_all(out, [SINGLE])
+    monkeypatch.setattr(throughput, "measure", fails)
+    with pytest.raises(KeyboardInterrupt):
+        measure_all(out, [SINGLE], [DDP])
+    assert len(json.loads(out.read_text())["models"]) == 1
+
+
+@pytest.mark.parametrize("key", ["gpu", "driver", "versions", "git_commit"])
+def test_a_file_of_another_machine_or_version_is_refused(key, tmp_path, calls):
+    out = tmp_path / "file.json"
+    measure_all(out, [SINGLE])
+    with pytest.raises(SystemExit, match=rf"error: .*file.json is of another .*{key} was .*, is new.*give --out"):
+        measure_all(out, [DDP], here=HERE | {key: "new"})
+    assert calls == [SINGLE]
+
+
+def test_another_date_is_no_other_machine(tmp_path, calls):
+    measure_all(tmp_path / "file.json", [SINGLE])
+    assert len(measure_all(tmp_path / "file.json", [SINGLE], here=HERE | {"date": "tomorrow"})) == 1
+
+
+def run(monkeypatch, tmp_path, *words):
+    groups = []
+    monkeypatch.setattr(throughput, "measure_all", lambda cases, *_: groups.extend(cases))
+    monkeypatch.setattr(throughput, "machine", dict)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--out", str(tmp_path / "file.json"), *words])
+    throughput.main()
+    return groups
+
+
+def test_the_command_line(monkeypatch, tmp_path):
+    usual = run(monkeypatch, tmp_path)
+    assert [(case.model, case.linear) for (case,) in usual] == [
+        (f"t2t_vit_{depth}", linear) for depth in (7, 14) for linear in ("dense", "stl t=4 r=16", "stl t=4 r=24")
+    ]
+    names = {case.model.removeprefix("t2t_vit_") for (case,) in run(monkeypatch, tmp_path, "--models", "all")}
+    assert names == {"7", "10", "12", "14", "19", "24", "t_14", "t_19", "t_24"}
+    words = ["--models", "t2t_vit_7", "--rank", "24", "--devices", "2", "--strategy", "ddp", "fsdp2"]
+    assert [[(case.devices, case.strategy) for case in group] for group in run(monkeypatch, tmp_path, *words)] == [
+        [(1, None), (2, "ddp"), (2, "fsdp2")]
+    ] * 2
+
+
+def test_too_few_gpus(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=r"error: this measures 3 GPU\(s\) and finds 2"):
+        run(monkeypatch, tmp_path, "--devices", "3")
+
+
+def test_the_machine_is_described():
+    facts = throughput.machine()
+    assert facts["cpu"]
+    assert facts["cpu_cores"] >= 1
+    assert set(throughput.SAME) <= set(facts)

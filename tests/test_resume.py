@@ -1,0 +1,202 @@
+"""Runs that are killed, stopped or run out of disk, and what they come to when they are started again."""
+
+import csv
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import QUICK, TIMES, program, run
+from sklearn.datasets import load_digits
+
+from train import one_line_errors
+
+# Every source of randomness at once: augmented images, dropout, stochastic depth, mixup, erasing; two batches a step.
+WORDS = [
+    *QUICK,
+    "trainer.max_epochs=4",
+    "trainer.limit_train_batches=16",
+    "trainer.limit_val_batches=2",
+    "data.batch_size=16",
+    "data.device_batch_size=8",
+    "model.drop_path_rate=0.2",
+    "callbacks=[default,ema]",
+    "callbacks.ema.decay=0.9",
+    "callbacks.checkpoint.every_steps=3",
+    "callbacks.progress_bar=null",
+    "+augment._target_=models.augment.BatchAugment",
+    "+augment.mixup=0.8",
+    "+augment.cutmix=1.0",
+    "+augment.switch=0.5",
+    "+augment.label_smoothing=0.1",
+    "+augment.erasing=0.25",
+    "logger=csv",
+    "model.name=t2t_vit_tiny",
+]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train", "running", "data.digits", "data.shards", "models.augment", "models.t2t_vit"])
+
+
+def job(folder: Path, words: list[str], fatal_write: int | None, most_bytes: int | None) -> None:
+    """A run in a process of its own, which the n-th checkpoint kills when half of the file is written, or whose files
+    cannot grow above a size."""
+    torch.set_num_threads(1)
+    if most_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    if fatal_write is not None:
+        save, calls = torch.save, []
+
+        def save_half(checkpoint, file):
+            calls.append(1)
+            whole = io.BytesIO()
+            save(checkpoint, whole)
+            if len(calls) == fatal_write:
+                file.write(whole.getvalue()[: whole.tell() // 2])
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            file.write(whole.getvalue())
+
+        torch.save = save_half
+    try:
+        one_line_errors(lambda: run(folder, *words))
+    except SystemExit as end:
+        (folder / "end").write_text(str(end))
+        raise
+
+
+def start(folder: Path, words: list[str], fatal_write: int | None = None, most_bytes: int | None = None) -> Any:
+    process = SERVER.Process(target=job, args=(folder, words, fatal_write, most_bytes))
+    process.start()
+    return process
+
+
+def outcome(folder: Path) -> dict:
+    """Everything that must not depend on interruptions."""
+    summary = json.loads((folder / "summary.json").read_text())
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return {
+        "summary": {key: value for key, value in summary.items() if key not in TIMES},
+        "curve": list(csv.DictReader((folder / "metrics.csv").open())),
+        "weights": last["state_dict"],
+        "average": last["callbacks"]["ModelEma"]["model"],
+        "files": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+    }
+
+
+def assert_same(one: dict, other: dict) -> None:
+    for key in ("summary", "curve", "files"):
+        assert one[key] == other[key], key
+    for key in ("weights", "average"):
+        assert one[key].keys() == other[key].keys()
+        assert all(torch.equal(value, other[key][name]) for name, value in one[key].items()), key
+
+
+@pytest.fixture(scope="module", params=["digits", "shards"])
+def words(request, tmp_path_factory) -> list[str]:
+    """The command line, once for the digits and once for digits in WebDataset shards, read by two workers."""
+    if request.param == "digits":
+        return WORDS
+    folder, shards = tmp_path_factory.mktemp("digits"), tmp_path_factory.mktemp("shards")
+    digits = load_digits()
+    for index, (image, label) in enumerate(zip(digits.images[:160], digits.target[:160], strict=True)):
+        split = folder / ("train" if index < 144 else "val") / str(label)
+        split.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15).astype(np.uint8)).resize((40, 40)).save(split / f"{index}.png")
+    for label in range(10):  # the classes of both splits are the same
+        (folder / "val" / str(label)).mkdir(exist_ok=True)
+        Image.new("L", (40, 40)).save(folder / "val" / str(label) / "blank.png")
+    assert program("scripts/write_shards.py", str(folder), str(shards), "--per-shard=50").returncode == 0
+    own = ["data=imagenet_wds", f"data.root={shards}", "data.image_size=32", "data.num_workers=2", "data.shuffle=20"]
+    return [*WORDS, *own, "data.pin_memory=false"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(words, tmp_path_factory) -> tuple[dict, float]:
+    """What a run comes to that nothing disturbs, and its seconds."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    server = SERVER.Process(target=time.time)  # the server imports once, before the clock runs
+    server.start()
+    server.join()
+    began = time.monotonic()
+    process = start(folder, words)
+    process.join()
+    assert process.exitcode == 0
+    return outcome(folder), time.monotonic() - began
+
+
+def disturb(folder: Path, words: list[str], expected: dict, exitcodes: list[set[int]], disturb_one: Any) -> None:
+    """Disturb a run as often as there are exit codes; where it was through before, go on with another."""
+    runs = 0
+    while exitcodes:
+        process = disturb_one(folder / str(runs))
+        process.join()
+        if process.exitcode == 0:
+            assert_same(outcome(folder / str(runs)), expected)
+            runs += 1
+        else:
+            assert process.exitcode in exitcodes.pop()
+    process = start(folder / str(runs), words)
+    process.join()
+    assert process.exitcode == 0
+    assert_same(outcome(folder / str(runs)), expected)
+
+
+def test_ten_kills_change_nothing(tmp_path, words, undisturbed):
+    """At random moments, every third time in the middle of a checkpoint write."""
+    expected, seconds = undisturbed
+    moments, in_a_write = random.Random(0), itertools.cycle([False, False, True])
+
+    def kill_one(folder: Path) -> Any:
+        if next(in_a_write):
+            return start(folder, words, fatal_write=moments.randint(1, 2))
+        process = start(folder, words)
+        process.join(moments.uniform(0.3, 0.8) * seconds)
+        process.kill()
+        return process
+
+    disturb(tmp_path, words, expected, [{-signal.SIGKILL}] * 10, kill_one)
+
+
+def test_signals_stop_a_run_with_a_checkpoint_and_change_nothing(tmp_path, words, undisturbed):
+    expected, seconds = undisturbed
+    moments = random.Random(1)
+
+    def terminate_one(folder: Path) -> Any:
+        process = start(folder, words)
+        process.join(moments.uniform(0.3, 0.8) * seconds)
+        process.terminate()
+        return process
+
+    before_training, in_training = -signal.SIGTERM, 128 + signal.SIGTERM
+    disturb(tmp_path, words, expected, [{before_training, in_training}] * 3, terminate_one)
+
+
+def test_a_full_disk_loses_nothing(tmp_path, words, undisturbed):
+    expected, _ = undisturbed
+    process = start(tmp_path, words)
+    while not list(tmp_path.glob("checkpoints/000-*.ckpt")):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoints/*.ckpt")}
+    process = start(tmp_path, words, most_bytes=500_000)
+    process.join()
+    assert process.exitcode == 1
+    line = (tmp_path / "end").read_text()
+    assert line.startswith("error: checkpoint ")
+    assert "could not be written (File too large); last good checkpoint: " in line
+    assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == before
+    process = start(tmp_path, words)
+    process.join()
+    assert_same(outcome(tmp_path), expected)
