@@ -20,12 +20,18 @@ def fsdp2_strategy(devices: int | str, num_nodes: int) -> ModelParallelStrategy:
     )
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Divide a model in place: each block of its lists (ModuleList, Sequential `blocks`) on its own, then the rest."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.ModuleList) or name.rpartition(".")[2] == "blocks":
-            for block in module:
-                fully_shard(block, mesh=mesh)
+def shard(model: nn.Module, mesh: DeviceMesh, least: int = 100_000_000) -> None:
+    """Divide a model in place: as one unit, or, from `least` parameters on, each of its blocks on its own.
+
+    A unit's weights are gathered before it runs and freed behind it. Units of blocks keep less in memory at a time; in
+    small models their many small messages cost more time than the rest. (10⁸ is also the default of PyTorch's
+    size-based policy.)
+    """
+    if sum(parameter.numel() for parameter in model.parameters()) >= least:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.ModuleList) or name.rpartition(".")[2] == "blocks":
+                for block in module.children():
+                    fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

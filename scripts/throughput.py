@@ -23,14 +23,13 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from models.build import build_model
@@ -58,8 +57,8 @@ class Case:
 class How:
     """How every row is measured."""
 
-    repeats: int = 20
-    warmup: int = 5
+    repeats: int = 7  # blocks, behind one that warms up
+    calls: int = 10  # in a block
     image_size: int = 224
     device: str = "cuda"  # "cpu" is there for the tests
 
@@ -103,7 +102,7 @@ def _rates(case: Case, linear: Callable[..., nn.Module], how: How, device: torch
     model = build_model(case.model, num_classes=1000, img_size=how.image_size, linear=linear).to(device)
     images = torch.randn(case.batch_size, 3, how.image_size, how.image_size, device=device)
     labels = torch.randint(1000, (case.batch_size,), device=device)
-    compiled = compile_parallel(model, case.strategy, device)
+    compiled = parallel(model, case.strategy, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
@@ -132,46 +131,38 @@ def _rates(case: Case, linear: Callable[..., nn.Module], how: How, device: torch
     return rates
 
 
-def compile_parallel(model: nn.Module, strategy: str | None, device: torch.device) -> nn.Module:
-    """The model, compiled, as one of several processes trains it.
-
-    DDP is compiled from outside, so that Dynamo splits the graph where a gradient bucket is full and its all-reduce
-    overlaps the rest of the backward pass. FSDP2 gathers and frees weights in hooks around each block, which no graph
-    can hold: what lies between them is compiled.
-    """
+def parallel(model: nn.Module, strategy: str | None, device: torch.device) -> nn.Module:
+    """The model, compiled, as one of several processes trains it: arranged as train.py arranges it."""
+    model.compile()
     if strategy == "fsdp2":
         shard(model, init_device_mesh(device.type, (dist.get_world_size(),)))
-        divided = [part for part in model.modules() if isinstance(part, FSDPModule) and part is not model]
-        whole = [part for part in model.children() if not set(divided) & set(part.modules())]
-        for part in (*divided, *whole):
-            part.forward = torch.compile(part.forward)
-        return model
     if strategy == "ddp":
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    return cast(nn.Module, torch.compile(model))
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return model
 
 
 def seconds_a_call(run: Callable[[], None], how: How, device: torch.device) -> float:
-    """Median seconds of a call, by events on a GPU; of several processes, which begin together, the slowest counts."""
+    """Median seconds of a call, over blocks of `how.calls` calls that follow each other as in training, so that the
+    CPU may run ahead of a GPU; of several processes, which begin a block together, the slowest counts."""
     times = []
-    for _ in range(how.warmup + how.repeats):
+    for _ in range(1 + how.repeats):
         if dist.is_initialized():
             dist.barrier()
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(how.calls):
             run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        else:
-            began = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - began)
-    slowest = torch.tensor(times[how.warmup :], device=device)
+        synchronize(device)
+        times.append((time.perf_counter() - began) / how.calls)
+    slowest = torch.tensor(times[1:], device=device)
     if dist.is_initialized():
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return statistics.median(slowest.tolist())
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def machine() -> dict[str, Any]:
@@ -256,7 +247,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["t2t_vit_7", "t2t_vit_14"], help="or all: every T2T-ViT")
     parser.add_argument("--rank", type=int, nargs="+", default=[16, 24])
     parser.add_argument("--batch-size", type=int, default=256, help="images on each GPU")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=How.repeats, help="blocks of 10 steps")
     parser.add_argument("--devices", type=int, default=1, help="GPUs; several are compared with one")
     parser.add_argument("--strategy", nargs="+", choices=STRATEGIES, default=["ddp"], help="with several GPUs")
     parser.add_argument("--out", type=Path, default=Path("results/throughput.json"))

@@ -152,8 +152,8 @@ def disturb(folder: Path, words: list[str], expected: dict, exitcodes: list[set[
     assert_same(outcome(folder / str(runs)), expected)
 
 
-def test_ten_kills_change_nothing(tmp_path, words, undisturbed):
-    """At random moments, every third time in the middle of a checkpoint write."""
+def test_kills_change_nothing(tmp_path, words, undisturbed):
+    """At 10 (shards: 4) random moments, every third time in the middle of a checkpoint write."""
     expected, seconds = undisturbed
     moments, in_a_write = random.Random(0), itertools.cycle([False, False, True])
 
@@ -165,7 +165,7 @@ def test_ten_kills_change_nothing(tmp_path, words, undisturbed):
         process.kill()
         return process
 
-    disturb(tmp_path, words, expected, [{-signal.SIGKILL}] * 10, kill_one)
+    disturb(tmp_path, words, expected, [{-signal.SIGKILL}] * (10 if words is WORDS else 4), kill_one)
 
 
 def test_signals_stop_a_run_with_a_checkpoint_and_change_nothing(tmp_path, words, undisturbed):
@@ -179,10 +179,12 @@ def test_signals_stop_a_run_with_a_checkpoint_and_change_nothing(tmp_path, words
         return process
 
     before_training, in_training = -signal.SIGTERM, 128 + signal.SIGTERM
-    disturb(tmp_path, words, expected, [{before_training, in_training}] * 3, terminate_one)
+    disturb(tmp_path, words, expected, [{before_training, in_training}] * 2, terminate_one)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, words, undisturbed):
+    if words is not WORDS:
+        pytest.skip("how the images come does not matter here")
     expected, _ = undisturbed
     process = start(tmp_path, words)
     while not list(tmp_path.glob("checkpoints/000-*.ckpt")):
