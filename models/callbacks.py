@@ -144,10 +144,12 @@ def describe_device(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with "+changes" where files differ from it.
+    """The commit of this code, with "+changes" where files differ from it; None outside a repository.
 
-    Outside a repository the environment variable GIT_COMMIT says it, or else it is None.
+    The environment variable GIT_COMMIT goes before, for code that was copied out of its repository.
     """
+    if commit := os.environ.get("GIT_COMMIT"):
+        return commit
     root = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -156,7 +158,7 @@ def git_commit() -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")
+        return None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -32,37 +32,32 @@ def curve(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "metrics.csv").open()))
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    """20 epochs of one step: the curve has the loss of every step, and 64 held-out images after every tenth."""
-    folder = tmp_path_factory.mktemp("alone")
-    run(folder, *WORDS, "trainer.max_epochs=20")
-    return folder
-
-
-@pytest.mark.parametrize("trainer", ["default", "fsdp2"])
-def test_two_processes_give_the_curve_of_one(trainer, alone, tmp_path):
-    """The same effective batch of 64 as 2 processes × 16 images × 2 accumulated batches."""
+@pytest.mark.parametrize(("trainer", "steps"), [("default", 20), ("fsdp2", 10)])
+def test_two_processes_give_the_curve_of_one(trainer, steps, tmp_path):
+    """Epochs of one step, so that the curve has the loss of each; the effective batch of 64 as 2 processes × 16 images
+    × 2 accumulated batches."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    run(alone, *WORDS, f"trainer.max_epochs={steps}")
     split = [
         "trainer.devices=2",
         "data.device_batch_size=16",
         "data.eval_batch_size=32",
         "trainer.limit_train_batches=2",
     ]
-    words = [*WORDS, "trainer.max_epochs=20", f"trainer={trainer}", *split, f"hydra.run.dir={tmp_path}"]
+    words = [*WORDS, f"trainer.max_epochs={steps}", f"trainer={trainer}", *split, f"hydra.run.dir={together}"]
     result = program("train.py", *words)
     assert result.returncode == 0, result.stderr
-    summary, expected = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path, alone))
+    summary, expected = (json.loads((folder / "summary.json").read_text()) for folder in (together, alone))
     assert summary["devices"] == 2
     assert summary["top1"] == expected["top1"]
     losses, val_losses = (
-        [float(row[key]) for row in curve(tmp_path) if row[key]] for key in ("train_loss", "val_loss")
+        [float(row[key]) for row in curve(together) if row[key]] for key in ("train_loss", "val_loss")
     )
     assert losses == pytest.approx([float(row["train_loss"]) for row in curve(alone) if row["train_loss"]], abs=1e-4)
     assert val_losses == pytest.approx([float(row["val_loss"]) for row in curve(alone) if row["val_loss"]], abs=1e-4)
-    assert len(losses) == 20
-    assert losses[-1] < losses[0] - 0.01  # it has learned something
-    ours, theirs = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (tmp_path, alone))
+    assert len(losses) == steps
+    assert losses[-1] < losses[0] - 0.005  # it has learned something
+    ours, theirs = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (together, alone))
     for part in (lambda c: c["state_dict"], lambda c: c["callbacks"]["ModelEma"]["model"]):
         assert part(ours).keys() == part(theirs).keys()
         for name, value in part(theirs).items():

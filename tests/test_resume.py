@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -52,6 +51,7 @@ def job(folder: Path, words: list[str], fatal_write: int | None, most_bytes: int
     """A run in a process of its own, which the n-th checkpoint kills when half of the file is written, or whose files
     cannot grow above a size."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as where train.py is started
     if most_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     if fatal_write is not None:
@@ -135,51 +135,35 @@ def undisturbed(words, tmp_path_factory) -> tuple[dict, float]:
     return outcome(folder), time.monotonic() - began
 
 
-def disturb(folder: Path, words: list[str], expected: dict, exitcodes: list[set[int]], disturb_one: Any) -> None:
-    """Disturb a run as often as there are exit codes; where it was through before, go on with another."""
-    runs = 0
-    while exitcodes:
-        process = disturb_one(folder / str(runs))
+def test_interruptions_change_nothing(tmp_path, words, undisturbed):
+    """SIGKILL at random moments, every third time in the middle of a checkpoint write, and SIGTERM; each time the same
+    command goes on. A run that was through before its moment came is followed by another."""
+    expected, seconds = undisturbed
+    moments = random.Random(0)
+    kinds = ["kill", "kill", "write"] * 3 + ["kill", "term", "term"] if words is WORDS else ["kill", "write", "term"]
+    exits = {
+        "kill": [-signal.SIGKILL],
+        "write": [-signal.SIGKILL],
+        "term": [128 + signal.SIGTERM, -signal.SIGTERM],  # the latter before training has begun
+    }
+    runs = done = 0
+    while done < len(kinds):
+        folder, kind = tmp_path / str(runs), kinds[done]
+        process = start(folder, words, fatal_write=moments.randint(1, 2) if kind == "write" else None)
+        if kind != "write":
+            process.join(moments.uniform(0.3, 0.8) * seconds)
+            process.kill() if kind == "kill" else process.terminate()
         process.join()
         if process.exitcode == 0:
-            assert_same(outcome(folder / str(runs)), expected)
+            assert_same(outcome(folder), expected)
             runs += 1
         else:
-            assert process.exitcode in exitcodes.pop()
-    process = start(folder / str(runs), words)
+            assert process.exitcode in exits[kind]
+            done += 1
+    process = start(tmp_path / str(runs), words)
     process.join()
     assert process.exitcode == 0
-    assert_same(outcome(folder / str(runs)), expected)
-
-
-def test_kills_change_nothing(tmp_path, words, undisturbed):
-    """At 10 (shards: 4) random moments, every third time in the middle of a checkpoint write."""
-    expected, seconds = undisturbed
-    moments, in_a_write = random.Random(0), itertools.cycle([False, False, True])
-
-    def kill_one(folder: Path) -> Any:
-        if next(in_a_write):
-            return start(folder, words, fatal_write=moments.randint(1, 2))
-        process = start(folder, words)
-        process.join(moments.uniform(0.3, 0.8) * seconds)
-        process.kill()
-        return process
-
-    disturb(tmp_path, words, expected, [{-signal.SIGKILL}] * (10 if words is WORDS else 4), kill_one)
-
-
-def test_signals_stop_a_run_with_a_checkpoint_and_change_nothing(tmp_path, words, undisturbed):
-    expected, seconds = undisturbed
-    moments = random.Random(1)
-
-    def terminate_one(folder: Path) -> Any:
-        process = start(folder, words)
-        process.join(moments.uniform(0.3, 0.8) * seconds)
-        process.terminate()
-        return process
-
-    before_training, in_training = -signal.SIGTERM, 128 + signal.SIGTERM
-    disturb(tmp_path, words, expected, [{before_training, in_training}] * 2, terminate_one)
+    assert_same(outcome(tmp_path / str(runs)), expected)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, words, undisturbed):

@@ -116,7 +116,11 @@ def labels_of(batches) -> list[int]:
 
 
 def warnings(caplog) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "data.shards" and r.levelno == logging.WARNING]
+    return [
+        r.getMessage()
+        for r in caplog.records
+        if r.name in ("data.shards", "data.streams") and r.levelno == logging.WARNING
+    ]
 
 
 # --- settings ----------------------------------------------------------------------------------------------------
@@ -140,8 +144,8 @@ def test_the_imagenet_recipe_takes_shards_in_place_of_a_folder(root):
         words = ["experiment=imagenet/t2t_vit_7_stl", "data=imagenet_wds", f"data.root={root}"]
         config = compose("train", words).data
     assert config._target_ == "data.shards.Shards"
-    assert (config.name, config.auto_augment, config.interpolation) == ("imagenet", "rand-m9-mstd0.5-inc1", "random")
-    assert instantiate(config).name == "imagenet"
+    assert (config.auto_augment, config.interpolation, config.crop_pct) == ("rand-m9-mstd0.5-inc1", "random", 0.9)
+    assert instantiate(config).name == "numbers"
 
 
 @pytest.mark.parametrize(
