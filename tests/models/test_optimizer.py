@@ -1,11 +1,15 @@
 """Parameter groups by role and the schedule."""
 
 import itertools
+import re
 from functools import partial
 
 import pytest
 import timm
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from running import CONFIGS
 from torch import nn
 
 import models  # noqa: F401  registers the models
@@ -83,3 +87,28 @@ def test_the_schedule_warms_up_falls_as_a_cosine_and_cools_down():
     assert rates[50] == pytest.approx([0.505, 2.005])  # half of the cosine's 100 steps
     assert rates[100:] == [[0.01, 0.01]] * 20
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
+
+
+def test_the_groups_of_t2t_vit_7_stl():
+    """Every trainable parameter of the ImageNet row: (weight decay, learning rate as a multiple of optimizer.lr)."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", overrides=["experiment=imagenet/t2t_vit_7_stl"])
+    model = instantiate(cfg.model, num_classes=1000, img_size=224, linear=instantiate(cfg.linear))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: dict[str, set] = {}
+    for group in instantiate(cfg.optimizer)(model).param_groups:
+        for parameter in group["params"]:
+            pattern = re.sub(r"blocks\.\d+", "blocks.*", names[parameter])
+            found.setdefault(pattern, set()).add((group["weight_decay"], group["lr"] / cfg.optimizer.lr))
+    t2t = [f"tokens_to_token.attention{i}" for i in (1, 2)]
+    linears = [f"{stage}.{name}" for stage in t2t for name in ("kqv", "proj", "mlp.0", "mlp.2")]
+    linears += ["tokens_to_token.project", "head"]
+    linears += [f"blocks.*.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    norms = [f"{stage}.{name}" for stage in t2t for name in ("norm1", "norm2")]
+    norms += ["blocks.*.norm1", "blocks.*.norm2", "norm"]
+    without_bias = "blocks.*.attn.qkv"
+    decayed = {f"{name}.weight": {(0.03, 1.0)} for name in linears}
+    undecayed = {f"{name}.{part}": {(0.0, 1.0)} for name in linears for part in ("encoder", "decoder", "bias")}
+    undecayed |= {f"{name}.{part}": {(0.0, 1.0)} for name in norms for part in ("weight", "bias")}
+    del undecayed[f"{without_bias}.bias"]
+    assert found == decayed | undecayed | {"cls_token": {(0.0, 1.0)}}
