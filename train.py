@@ -101,7 +101,8 @@ def train(cfg: DictConfig, folder: Path) -> None:
     _, trainer.accumulate_grad_batches = data.split(trainer.world_size)
     data.trainer = trainer
     if start:
-        data.load_state_dict(start[0][type(data).__qualname__])
+        source = start[0]["config"]["data"]["_target_"].rpartition(".")[2]  # may be another, in a new folder
+        data.load_state_dict(start[0][source])
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)

@@ -130,11 +130,16 @@ class ImageDataModule(pl.LightningDataModule):
             )
         self._position = {key: state_dict[key] for key in ("epoch", "batches")}
 
-    def _reading(self) -> dict[str, int]:
+    def _reading(self) -> dict[str, Any]:
         """What the meaning of a position in the middle of an epoch depends on."""
         assert self.trainer is not None
         devices = self.trainer.world_size
-        return {"trainer.devices": devices, "device batch": self.split(devices)[0], "data.batch_size": self.batch_size}
+        return {
+            "the source": type(self).__qualname__,
+            "trainer.devices": devices,
+            "the batch of a device": self.split(devices)[0],
+            "data.batch_size": self.batch_size,
+        }
 
     def train_dataloader(self) -> Any:
         device, devices = self._place()

@@ -328,7 +328,7 @@ class Shards(ImageDataModule):
     def _loader(self, dataset: Any, **options: Any) -> Any:
         return super()._loader(dataset, batch_size=None, unreadable=self.unreadable, **options)
 
-    def _reading(self) -> dict[str, int]:
+    def _reading(self) -> dict[str, Any]:
         return {
             **super()._reading(),
             "data.num_workers": self.num_workers,

@@ -164,7 +164,9 @@ def test_the_middle_of_an_epoch_divided_otherwise_is_refused_before_anything_is_
     ]
     run(tmp_path / "whole", *words)
     middle = tmp_path / "whole" / "checkpoints" / "000-00000003.ckpt"
-    with pytest.raises(SettingError, match=r"middle of epoch 0, .*: device batch was 8, is 4; make them agree"):
+    with pytest.raises(
+        SettingError, match=r"middle of epoch 0, .*: the batch of a device was 8, is 4; make them agree"
+    ):
         run(tmp_path / "other", *words, "data.device_batch_size=4", f"ckpt_path={middle}")
     assert not (tmp_path / "other").exists()
 
@@ -192,6 +194,20 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written(fir
     with pytest.raises(SettingError, match=message):
         run(tmp_path / "new", *QUICK, *overrides, f"ckpt_path={first_run / 'checkpoints' / 'last.ckpt'}")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_whole_epoch_goes_on_with_another_source_and_half_of_one_does_not(tmp_path, image_root):
+    source = ["data=image_folder", f"data.root={image_root}", "data.image_size=32", "data.num_workers=0"]
+    words = [*QUICK, "data.batch_size=2", "trainer.limit_train_batches=2", "callbacks.checkpoint.every_steps=1"]
+    run(tmp_path / "folder", *words, *source)
+    files = {path.name[:3]: path for path in (tmp_path / "folder" / "checkpoints").glob("0*.ckpt")}
+    root = tmp_path / "shards"
+    assert program("scripts/write_shards.py", str(image_root), str(root)).returncode == 0
+    source[:2] = ["data=imagenet_wds", f"data.root={root}"]
+    words.append("trainer.max_epochs=2")
+    with pytest.raises(SettingError, match=r"middle of epoch 0, .*: the source was ImageFolder, is Shards;"):
+        run(tmp_path / "half", *words, *source, f"ckpt_path={files['000']}")
+    assert run(tmp_path / "whole", *words, *source, f"ckpt_path={files['001']}")["epochs"] == 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
