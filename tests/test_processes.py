@@ -10,6 +10,7 @@ import pytest
 import torch
 from running import QUICK, ROOT, program, run
 
+from models.preemption import requeue_job
 from models.processes import run_id
 
 # Without dropout, which draws other numbers in another process, the curve depends on the images of each step alone.
@@ -152,3 +153,17 @@ def test_slurm_through_submitit(cluster, tmp_path):
     text = Path(script.strip()).read_text()
     for line in ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=16", "--signal=USR2@120", "--time=1440"):
         assert f"#SBATCH {line}" in text
+
+
+@pytest.mark.parametrize(
+    ("variables", "job"), [({}, "77"), ({"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}, "70_3")]
+)
+def test_a_slurm_job_is_queued_again(cluster, tmp_path, monkeypatch, caplog, variables, job):
+    for name, value in {**cluster, "SLURM_JOB_ID": "77", **variables}.items():
+        monkeypatch.setenv(name, value)
+    requeue_job()
+    assert (tmp_path / "cluster" / "requeued").read_text() == f"requeue {job}\n"
+    assert f"job {job} is queued again" in caplog.text
+    (tmp_path / "cluster" / "scontrol").write_text("#!/bin/bash\necho 'no such job' >&2; exit 1")
+    requeue_job()
+    assert f"job {job} could not be queued again: no such job" in caplog.text
