@@ -1,6 +1,7 @@
 """Write checkpoints so that a kill at any moment, or a full disk, leaves the last good ones as they were."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Raises SettingError where the file cannot be written."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         except (OSError, RuntimeError) as error:  # torch turns some failed writes into RuntimeError
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             kept = next(iter(newest_first(path.parent)), None)
             cause = error if isinstance(error, OSError) else error.__context__
             reason = cause.strerror if isinstance(cause, OSError) else error

@@ -51,7 +51,15 @@ class Preemption(Checkpoint):  # these are called after all other callbacks, whi
                     callback.save(trainer, trainer.current_epoch)
             self._stop(trainer, number)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        """Put the handlers back; before Lightning does the same with those that it found, or its own would stay, and
+        with them the whole trainer."""
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
         self._earlier = {}
@@ -68,7 +76,7 @@ class Preemption(Checkpoint):  # these are called after all other callbacks, whi
 
     def _stop(self, trainer: pl.Trainer, number: int) -> None:
         submitits = self._earlier.get(signal.SIGUSR2)
-        self.teardown(trainer, None, "fit")
+        self._restore()
         if trainer.is_global_zero:
             kept = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none, callbacks.checkpoint is null"
             log.warning(

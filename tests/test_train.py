@@ -1,11 +1,14 @@
 """train.py as its users run it: every experiment, the run folder, resuming, and what bad input gets."""
 
 import csv
+import gc
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
@@ -208,6 +211,17 @@ def test_a_whole_epoch_goes_on_with_another_source_and_half_of_one_does_not(tmp_
     with pytest.raises(SettingError, match=r"middle of epoch 0, .*: the source was ImageFolder, is Shards;"):
         run(tmp_path / "half", *words, *source, f"ckpt_path={files['000']}")
     assert run(tmp_path / "whole", *words, *source, f"ckpt_path={files['001']}")["epochs"] == 2
+
+
+def test_a_run_leaves_nothing_behind_in_its_process(tmp_path):
+    """Signal handlers above all: they would keep every trainer of a sweep, with its model."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)]
+    run(tmp_path / "done", *QUICK)
+    with pytest.raises(SettingError):
+        run(tmp_path / "stopped", *QUICK, "data.batch_size=16", "callbacks.checkpoint.dirpath=/dev/null/x")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)] == handlers
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is pl.Trainer]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
