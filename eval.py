@@ -16,7 +16,7 @@ from torch import nn
 from models.callbacks import describe_device, write_json
 from models.checkpoint import load_checkpoint, load_weights
 from models.ema import averaged_weights
-from models.processes import quiet
+from models.quiet import quiet
 from stl import SettingError, count_flops
 from train import build, describe, one_line_errors
 

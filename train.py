@@ -20,7 +20,8 @@ from models.callbacks import RunSummary
 from models.checkpoint import load_weights
 from models.checkpointing import AtomicCheckpointIO
 from models.loggers import LoggerState, instantiate_loggers
-from models.processes import one_job, quiet
+from models.processes import one_job
+from models.quiet import quiet
 from models.random_state import RandomState
 from models.resume import starting_point
 from models.task import ClassificationTask

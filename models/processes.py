@@ -1,9 +1,7 @@
 """What the processes of one run must agree on: its folder, and, when Lightning starts them, its settings."""
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -39,19 +37,6 @@ def run_id() -> str:
             raise ValueError("torchrun over several hosts needs --rdzv-id=NAME, or hydra.run.dir=FOLDER after train.py")
         began = datetime.fromtimestamp(Path(f"/proc/{os.getppid()}").stat().st_ctime)  # torchrun's own start
     return began.strftime("%Y-%m-%d_%H-%M-%S-%f")
-
-
-def quiet() -> None:
-    """Silence what the libraries say that means nothing here."""
-    for name, level in (("pytorch_lightning.utilities.rank_zero", logging.WARNING), ("timm.scheduler", logging.ERROR)):
-        logging.getLogger(name).setLevel(level)  # tips and hardware notes; remarks on very short schedules
-    for message in (
-        ".*LeafSpec.*is deprecated",  # inside Lightning
-        ".*smaller than the logging interval",
-        "Experiment logs directory .* exists",  # train.log is there already, and the curve is in the checkpoint
-        "You're resuming from a checkpoint that ended before",  # our data module knows where it was
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 # Here, and not in train.py, so that jobs which were sent elsewhere as pickles have them too.

@@ -6,15 +6,9 @@ from typing import Any
 from models.checkpoint import load_checkpoint, newest_first
 from stl import SettingError
 
-# Settings that may change when a run goes on; all others make another run.
-_CIRCUMSTANCES = {
-    "data": ("root", "num_workers", "pin_memory", "device_batch_size", "eval_batch_size", "max_unreadable"),
-    "model": (),
-    "linear": (),
-    "optimizer": (),
-    "scheduler": (),
-    "augment": (),
-}
+# What makes a run the run it is; of the data's settings all but those that only say where and how they are read.
+_GROUPS = ("data", "model", "linear", "optimizer", "scheduler", "augment")
+_READING = {"root", "num_workers", "pin_memory", "device_batch_size", "eval_batch_size", "max_unreadable"}
 
 
 def starting_point(folder: Path, ckpt_path: str | None, config: dict[str, Any]) -> tuple[dict[str, Any], Path] | None:
@@ -63,9 +57,9 @@ def _differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
         for key in ("seed", "label_smoothing")
         if saved.get(key) != ours[key]
     ]
-    for group, free in _CIRCUMSTANCES.items():
+    for group in _GROUPS:
         theirs, own = saved.get(group) or {}, ours[group] or {}
         for key in dict.fromkeys([*theirs, *own]):
-            if key not in free and theirs.get(key) != own.get(key):
+            if not (group == "data" and key in _READING) and theirs.get(key) != own.get(key):
                 changed.append(f"{group}.{key} was {theirs.get(key)}, is {own.get(key)}")
     return changed
