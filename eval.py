@@ -51,7 +51,7 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
         trained.data = cfg.data
     if cfg.batch_size:
         trained.data.eval_batch_size = cfg.batch_size
-    trained.compile = False  # the latency is that of the model as it stands
+    trained.compile = None  # the latency is that of the model as it stands
     task, data = build(trained)
     load_weights(task, checkpoint, path, task.config)
     averaged = averaged_weights(checkpoint) if cfg.averaged else None

@@ -44,7 +44,7 @@ def build(cfg: DictConfig) -> tuple[ClassificationTask, ImageDataModule]:
         scheduler=instantiate(cfg.scheduler),
         label_smoothing=cfg.label_smoothing,
         augment=instantiate(cfg.augment, num_classes=data.num_classes) if cfg.augment else None,
-        compiled=cfg.compile,
+        compile_mode=cfg.compile,
         config=cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
     )
     return task, data

@@ -7,6 +7,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from models.compiling import compile_model
 from models.sharding import load_whole_state_dict, shard, whole_state_dict
 
 
@@ -26,8 +27,7 @@ class ModelEma(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if self.ema is None:
             self.ema = ModelEmaV3(pl_module.model, decay=self.decay)
-            if pl_module.compiled:
-                self._average.compile()
+            compile_model(self._average, pl_module.compile_mode)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._average.to(pl_module.device)

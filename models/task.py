@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import torch.nn.functional as F
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from models.compiling import compile_model, overwrites_gradients
 from models.sharding import shard
+from stl import SettingError
 
 
 class ClassificationTask(pl.LightningModule):
@@ -23,7 +26,7 @@ class ClassificationTask(pl.LightningModule):
         scheduler: makes the schedule, from the optimizer and the keywords `epochs` and `steps_per_epoch`; it is
             stepped with `step_update(number of steps done)`.
         augment: (images, labels) → (images, soft targets), applied to training batches on their device.
-        compiled: whether torch.compile takes the model's forward pass.
+        compile_mode: torch.compile's mode, one of `models.compiling.MODES`; None does not compile.
         config: the resolved configuration; it travels in every checkpoint, so that one file says what it is.
     """
 
@@ -36,14 +39,13 @@ class ClassificationTask(pl.LightningModule):
         scheduler: Callable[..., Any],
         label_smoothing: float = 0.0,
         augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-        compiled: bool = False,
+        compile_mode: str | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.compiled = compiled
-        if compiled:
-            self.model.compile()
+        self.compile_mode = compile_mode
+        compile_model(self.model, compile_mode)
         self.label_smoothing = label_smoothing
         self._augment = augment
         self.config = config or {}
@@ -83,6 +85,11 @@ class ClassificationTask(pl.LightningModule):
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.model, FSDPModule):
             assert self.device_mesh is not None
+            if self._keeps_gradients:
+                raise SettingError(
+                    f"compile={self.compile_mode} with trainer=fsdp2 cannot accumulate gradients; set compile=default, "
+                    "or data.device_batch_size to null"
+                )
             shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
@@ -91,6 +98,19 @@ class ClassificationTask(pl.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         scheduler = self._scheduler(optimizer, epochs=epochs, steps_per_epoch=steps / epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        if self._keeps_gradients:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+        optimizer.zero_grad(set_to_none=not self._keeps_gradients)
+
+    @property
+    def _keeps_gradients(self) -> bool:
+        """Whether gradients need tensors of their own, to which those of each accumulated batch are added."""
+        return self.trainer.accumulate_grad_batches > 1 and overwrites_gradients(self.compile_mode)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import product
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,12 +35,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.build import build_model
 from models.callbacks import git_commit, write_json
+from models.compiling import MODES, compile_model
 from models.sharding import shard
 from models.t2t_vit import VARIANTS
 from stl import STLLinear
 
 STRATEGIES = ("ddp", "fsdp2")
-SAME = ("gpu", "driver", "versions", "git_commit")  # what rows of one file have in common
+SAME = ("gpu", "driver", "versions", "git_commit", "compile")  # what rows of one file have in common
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class How:
     repeats: int = 7  # blocks, behind one that warms up
     calls: int = 10  # in a block
     image_size: int = 224
+    compile_mode: str | None = "reduce-overhead"
     device: str = "cuda"  # "cpu" is there for the tests
 
 
@@ -75,7 +78,10 @@ def measure(case: Case, linear: Callable[..., nn.Module], how: How) -> dict[str,
     """Images a second over all devices of a whole training step (AdamW included); the step's peak memory in GiB on the
     first device; on one device also images a second of inference. Each device has a process of its own."""
     with TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (case, linear, how, Path(folder)), nprocs=case.devices)
+        set_forkserver_preload(["timm", "models.build"])  # the imports, once for all rows
+        torch.multiprocessing.start_processes(
+            _process, (case, linear, how, Path(folder)), nprocs=case.devices, start_method="forkserver"
+        )
         return json.loads((Path(folder) / "rates.json").read_text())
 
 
@@ -102,7 +108,7 @@ def _rates(case: Case, linear: Callable[..., nn.Module], how: How, device: torch
     model = build_model(case.model, num_classes=1000, img_size=how.image_size, linear=linear).to(device)
     images = torch.randn(case.batch_size, 3, how.image_size, how.image_size, device=device)
     labels = torch.randint(1000, (case.batch_size,), device=device)
-    compiled = parallel(model, case.strategy, device)
+    compiled = parallel(model, case.strategy, how.compile_mode, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
@@ -131,9 +137,9 @@ def _rates(case: Case, linear: Callable[..., nn.Module], how: How, device: torch
     return rates
 
 
-def parallel(model: nn.Module, strategy: str | None, device: torch.device) -> nn.Module:
+def parallel(model: nn.Module, strategy: str | None, compile_mode: str | None, device: torch.device) -> nn.Module:
     """The model, compiled, as one of several processes trains it: arranged as train.py arranges it."""
-    model.compile()
+    compile_model(model, compile_mode)
     if strategy == "fsdp2":
         shard(model, init_device_mesh(device.type, (dist.get_world_size(),)))
     if strategy == "ddp":
@@ -248,6 +254,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, nargs="+", default=[16, 24])
     parser.add_argument("--batch-size", type=int, default=256, help="images on each GPU")
     parser.add_argument("--repeats", type=int, default=How.repeats, help="blocks of 10 steps")
+    parser.add_argument("--compile", choices=MODES, default=How.compile_mode, help="as train.py's setting compile")
     parser.add_argument("--devices", type=int, default=1, help="GPUs; several are compared with one")
     parser.add_argument("--strategy", nargs="+", choices=STRATEGIES, default=["ddp"], help="with several GPUs")
     parser.add_argument("--out", type=Path, default=Path("results/throughput.json"))
@@ -256,13 +263,13 @@ def main() -> None:
         sys.exit(f"error: this measures {arguments.devices} GPU(s) and finds {torch.cuda.device_count()}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     models = [name for name in VARIANTS if name != "t2t_vit_tiny"] if arguments.models == ["all"] else arguments.models
-    how = How(repeats=arguments.repeats)
+    how = How(repeats=arguments.repeats, compile_mode=arguments.compile)
     cases = []
     for model, linear in product(models, linears(arguments.rank)):
         single = Case(model, linear, arguments.batch_size)
         several = arguments.strategy if arguments.devices > 1 else []
         cases.append([single, *(replace(single, devices=arguments.devices, strategy=name) for name in several)])
-    here = machine() | {"precision": "bf16 autocast, torch.compile", "image_size": how.image_size}
+    here = machine() | {"precision": "bf16 autocast", "compile": how.compile_mode, "image_size": how.image_size}
     measure_all(cases, arguments.rank, how, arguments.out, here)
 
 

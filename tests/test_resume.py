@@ -85,12 +85,13 @@ def outcome(folder: Path) -> dict:
     """Everything that must not depend on interruptions."""
     summary = json.loads((folder / "summary.json").read_text())
     last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())  # two, and the link
     return {
         "summary": {key: value for key, value in summary.items() if key not in TIMES},
         "curve": list(csv.DictReader((folder / "metrics.csv").open())),
         "weights": last["state_dict"],
         "average": last["callbacks"]["ModelEma"]["model"],
-        "files": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+        "files": [len(checkpoints), checkpoints[-2:]],  # the one before the last may be that of a signal
     }
 
 
