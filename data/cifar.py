@@ -3,12 +3,12 @@
 from http.client import HTTPException
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
 
 from data.datamodule import ImageDataModule, require
+from data.transforms import channel_statistics
 from stl.errors import SettingError
 
 _SOURCES = {10: datasets.CIFAR10, 100: datasets.CIFAR100}
@@ -48,6 +48,7 @@ class CIFAR(ImageDataModule):
         require(classes in _SOURCES, "classes", classes, "10 or 100")
         self.name = f"cifar{classes}"
         self.num_classes = classes
+        self.mean, self.std = channel_statistics(*_STATISTICS[classes])
         self.root = root
         self.download = download
         self.augment = augment
@@ -83,5 +84,4 @@ class CIFAR(ImageDataModule):
             steps += [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
         if self.image_size != 32:
             steps.append(v2.Resize(self.image_size, InterpolationMode.BICUBIC))
-        mean, std = _STATISTICS[self.num_classes]
-        return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+        return v2.Compose(steps)

@@ -6,6 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.order import EpochOrder, SeededItems
@@ -27,7 +28,8 @@ class ImageDataModule(pl.LightningDataModule):
     """Base of every source. A subclass sets `name` and `num_classes` when constructed and implements
     `train_set` and `val_set`.
 
-    Batches are (images, labels): float32 (B, 3, image_size, image_size), normalised, and int64 (B,).
+    Batches are (images, labels): float32 (B, 3, image_size, image_size), normalised, and int64 (B,). Where a source
+    sets `mean` and `std`, its loaders give uint8 in 0…255, a quarter of the bytes, and the device normalises.
 
     Args:
         image_size: side of the square images, in pixels.
@@ -47,6 +49,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     name: str  # goes into summary.json as `dataset`
     num_classes: int
+    mean: Tensor  # (3, 1, 1), of each channel, for images in 0…1
+    std: Tensor
 
     loader_class: type[DataLoader] = DataLoader
     collate = staticmethod(default_collate)
@@ -105,6 +109,21 @@ class ImageDataModule(pl.LightningDataModule):
                 f"{share * devices}; change trainer.devices or one of the two"
             )
         return share, steps
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Normalises uint8 images; the trainer calls this when the batch is on the device."""
+        images, labels = batch
+        if images.dtype == torch.uint8:
+            assert self.trainer is not None
+            # what the trainer does to floating-point batches, too early for these
+            images = self.trainer.precision_plugin.convert_input(self.normalise(images))
+        return images, labels
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) in 0…255 → float32, scaled to 0…1, less `mean`, divided by `std`."""
+        # Kept there: a copy in every step would make the CPU wait for the GPU.
+        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        return images.float().div_(255).sub_(self.mean).div_(self.std)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the epoch, for a checkpoint that is written between two optimizer steps."""

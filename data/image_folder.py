@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import datasets
 
 from data.datamodule import ImageDataModule, at_least, require
-from data.transforms import eval_transform, train_transform
+from data.transforms import channel_statistics, eval_transform, train_transform
 from stl.errors import SettingError
 
 log = logging.getLogger(__name__)
@@ -167,10 +167,11 @@ class ImageFolder(ImageDataModule):
         super().__init__(image_size=image_size, **loading)
         require(bool(root), "root", root, "a folder with train/ and val/")
         require(at_least(max_unreadable, 0), "max_unreadable", max_unreadable, "0 or more images")
+        self.mean, self.std = channel_statistics(mean, std)
         augmented = train_transform(
-            image_size, scale=scale, auto_augment=auto_augment, interpolation=interpolation, mean=mean, std=std
+            image_size, scale=scale, auto_augment=auto_augment, interpolation=interpolation, mean=mean
         )
-        plain = eval_transform(image_size, crop_pct=crop_pct, mean=mean, std=std)
+        plain = eval_transform(image_size, crop_pct=crop_pct)
         path = Path(os.path.abspath(os.path.expanduser(root)))
         self._train, self._val = _open_tree(path)
         self._train.transform, self._val.transform = augmented, plain

@@ -17,7 +17,7 @@ from webdataset.filters import shuffle as shuffled
 from data.datamodule import ImageDataModule, at_least, require
 from data.order import derived_seed, seeded
 from data.streams import Sample, ShardSet, read_index
-from data.transforms import Transform, eval_transform, train_transform
+from data.transforms import Transform, channel_statistics, eval_transform, train_transform
 from stl.errors import SettingError
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class ShardBatches(Dataset):
     what comes before that batch without decoding it. So a loader that hands out the batches in turn reads every
     shard once, and an epoch is entered anywhere.
 
-    An item is (images, labels, names of unreadable images): float32 (B, 3, image_size, image_size) and int64 (B,),
+    An item is (images, labels, names of unreadable images): uint8 (B, 3, image_size, image_size) and int64 (B,),
     where B is smaller by the unreadable ones; None and None if there is no other.
 
     Args:
@@ -259,10 +259,11 @@ class Shards(ImageDataModule):
         require(bool(root), "root", root, "the folder or URL that holds index.json and the shards")
         require(at_least(shuffle, 1), "shuffle", shuffle, "a positive number of images; 1 shuffles only the shards")
         require(at_least(max_unreadable, 0), "max_unreadable", max_unreadable, "0 or more images")
+        self.mean, self.std = channel_statistics(mean, std)
         self._train_transform = train_transform(
-            image_size, scale=scale, auto_augment=auto_augment, interpolation=interpolation, mean=mean, std=std
+            image_size, scale=scale, auto_augment=auto_augment, interpolation=interpolation, mean=mean
         )
-        self._eval_transform = eval_transform(image_size, crop_pct=crop_pct, mean=mean, std=std)
+        self._eval_transform = eval_transform(image_size, crop_pct=crop_pct)
         self.shuffle = shuffle
         self.unreadable = Unreadable(max_unreadable)
         self._index = read_index(root)

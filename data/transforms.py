@@ -3,11 +3,24 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from timm.data import create_transform
+from torch import Tensor
 
 from data.datamodule import require
 
-Transform = Callable[[Any], Any]  # PIL image -> float32 (3, image_size, image_size), normalised
+Transform = Callable[[Any], Any]  # PIL image -> uint8 (3, image_size, image_size)
+
+
+def channel_statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, for images in 0…1, as `ImageDataModule` takes them: (3, 1, 1).
+
+    Raises:
+        SettingError: one of these is out of range.
+    """
+    require(len(mean) == 3, "mean", list(mean), "three numbers")
+    require(len(std) == 3 and min(std) > 0, "std", list(std), "three positive numbers")
+    return torch.tensor([*mean]).view(3, 1, 1), torch.tensor([*std]).view(3, 1, 1)
 
 
 def train_transform(
@@ -17,7 +30,6 @@ def train_transform(
     auto_augment: str | None,
     interpolation: str,
     mean: Sequence[float],
-    std: Sequence[float],
 ) -> Transform:
     """A random crop and flip, and an augmentation policy where one is named.
 
@@ -26,7 +38,7 @@ def train_transform(
         scale: smallest and largest part of an image's area that a crop takes.
         auto_augment: timm's name of a policy, as "rand-m9-mstd0.5-inc1"; None has none.
         interpolation: "bilinear", "bicubic", or "random" for either.
-        mean, std: of each channel, for images in 0…1.
+        mean: of each channel, for images in 0…1; the policy fills with it what an operation leaves empty.
 
     Raises:
         SettingError: one of these is out of range.
@@ -36,26 +48,22 @@ def train_transform(
     choices = ("bilinear", "bicubic", "random")
     require(interpolation in choices, "interpolation", interpolation, f"one of {', '.join(choices)}")
     return create_transform(
-        **_form(image_size, mean, std),
+        input_size=image_size,
         is_training=True,
         scale=(low, high),
         color_jitter=0.0,
         auto_augment=auto_augment,
         interpolation=interpolation,
+        mean=tuple(mean),
+        normalize=False,
     )
 
 
-def eval_transform(image_size: int, *, crop_pct: float, mean: Sequence[float], std: Sequence[float]) -> Transform:
+def eval_transform(image_size: int, *, crop_pct: float) -> Transform:
     """The shorter side to `image_size / crop_pct`, bicubic, then the centre; never random.
 
     Raises:
         SettingError: one of these is out of range.
     """
     require(0 < crop_pct <= 1, "crop_pct", crop_pct, "a number in (0, 1]")
-    return create_transform(**_form(image_size, mean, std), interpolation="bicubic", crop_pct=crop_pct)
-
-
-def _form(image_size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-    require(len(mean) == 3, "mean", list(mean), "three numbers")
-    require(len(std) == 3 and min(std) > 0, "std", list(std), "three positive numbers")
-    return {"input_size": image_size, "mean": tuple(mean), "std": tuple(std)}
+    return create_transform(image_size, interpolation="bicubic", crop_pct=crop_pct, normalize=False)

@@ -4,8 +4,9 @@
     python scripts/bench_loader.py --data-root datasets/small --synthesise 4000   # as large as ImageNet's
     python scripts/bench_loader.py --shards datasets/imagenet-shards              # without the second part
 
-Nothing consumes the batches, and images that were read before come from memory: it is the cores that are measured,
-not the disk. The file is rewritten after every row. scripts/cost.py compares it with what models take.
+Batches are uint8, as workers hand them over; normalising them is the GPU's work. Nothing consumes them, and images that
+were read before come from memory: it is the cores that are measured, not the disk. The file is rewritten after every
+row. scripts/cost.py compares it with what models take.
 """
 
 import argparse

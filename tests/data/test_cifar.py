@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from delivery import delivered
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torchvision import datasets
@@ -52,7 +53,7 @@ def test_the_yaml_gives_batches_of_the_promised_form(cifar, classes, files):
     source.prepare_data()
     source.setup()
     assert len(source.train_data) == 6 * files
-    images, labels = next(iter(source.train_dataloader()))
+    images, labels = delivered(source)["train"][0]
     assert images.shape == (4, 3, 32, 32)
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
     assert [labels.tolist() for _, labels in source.val_dataloader()] == [[0, 1, 2, 3], [4, 5]]
@@ -63,8 +64,8 @@ def test_augments_training_only_and_normalises(cifar):
     source.setup()
     torch.manual_seed(0)
     assert not torch.equal(source.train_data[0][0], source.train_data[0][0])
-    image = source.val_data[0][0]
-    assert torch.equal(image, source.val_data[0][0])
+    assert torch.equal(source.val_data[0][0], source.val_data[0][0])
+    image = delivered(source)["val"][0][0][0]
     pixels = torch.from_numpy(source.val_data.data[0]).permute(2, 0, 1) / 255
     mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
     assert torch.allclose(image, (pixels - mean[:, None, None]) / std[:, None, None], atol=1e-5)

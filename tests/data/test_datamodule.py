@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from delivery import delivered
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -24,12 +25,13 @@ class Constant(ImageDataModule):
     name = "constant"
     num_classes = 2
 
-    def __init__(self, length: int, **loading) -> None:
+    def __init__(self, length: int, *, pixel: float | torch.Tensor = 0.0, **loading) -> None:
         super().__init__(image_size=4, **loading)
         self.length = length
+        self.pixel = torch.as_tensor(pixel)
 
     def train_set(self):
-        return TensorDataset(torch.zeros(self.length, 3, 4, 4), torch.arange(self.length))
+        return TensorDataset(self.pixel.expand(self.length, 3, 4, 4), torch.arange(self.length))
 
     val_set = train_set
 
@@ -103,6 +105,49 @@ def test_evaluation_on_several_devices_takes_every_image_once_in_as_many_batches
         parts.append([labels.tolist() for _, labels in source.val_dataloader()])
     assert sorted(label for part in parts for batch in part for label in batch) == list(range(images))
     assert len({len(part) for part in parts}) == 1
+
+
+def bytes_of_51() -> Constant:
+    """A fifth of white: normalised 1, 2 and 4."""
+    source = ready(4, pixel=torch.tensor(51, dtype=torch.uint8), batch_size=2)
+    source.mean, source.std = torch.tensor([0.1, 0.1, 0]).view(3, 1, 1), torch.tensor([0.1, 0.05, 0.05]).view(3, 1, 1)
+    return source
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("32-true", torch.float32),
+        ("bf16-mixed", torch.float32),
+        ("bf16-true", torch.bfloat16),
+        ("64-true", torch.float64),
+    ],
+)
+def test_uint8_images_reach_the_model_normalised_in_the_trainers_precision(precision, dtype):
+    source = bytes_of_51()
+    assert next(iter(source.train_dataloader()))[0].dtype == torch.uint8
+    for batches in delivered(source, precision).values():
+        assert len(batches) == 2
+        for images, _ in batches:
+            assert images.dtype == dtype
+            torch.testing.assert_close(images[:, :, 0, 0].float(), torch.tensor([[1.0, 2.0, 4.0]] * 2))
+
+
+def test_floating_point_images_reach_the_model_as_they_are():
+    (images, _), *_ = delivered(ready(4, pixel=0.3, batch_size=2))["train"]
+    assert images.eq(0.3).all()
+
+
+def test_what_images_are_normalised_with_is_copied_to_a_device_once():
+    source = bytes_of_51()
+    images = torch.empty(2, 3, 4, 4, dtype=torch.uint8, device="meta")
+    source.normalise(images)
+    kept = source.mean, source.std
+    source.normalise(images)
+    assert source.mean is kept[0]
+    assert source.std is kept[1]
+    assert source.mean.is_meta
+    assert source.std.is_meta
 
 
 def test_a_set_smaller_than_a_batch_is_trained_on():

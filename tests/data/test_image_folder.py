@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import timm
 import timm.data
 import torch
+from delivery import delivered
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import models.t2t_vit  # noqa: F401  registers the published models
 from data.image_folder import ImageFolder
+from data.order import seeded
 from stl.errors import SettingError
 
 YAML = Path(__file__).parents[2] / "configs" / "data" / "image_folder.yaml"
@@ -56,9 +58,9 @@ def test_the_yaml_gives_batches_of_the_promised_form(root):
     source = instantiate(config, root=str(root), image_size=16, batch_size=4, num_workers=0)
     assert (source.name, source.num_classes, source.image_size) == ("pets", 2, 16)
     source.setup()
-    train = list(source.train_dataloader())
-    assert [images.shape for images, _ in train] == [(4, 3, 16, 16)] * 3
-    assert all(images.dtype == torch.float32 and labels.dtype == torch.int64 for images, labels in train)
+    for train, dtype in ((source.train_dataloader(), torch.uint8), (delivered(source)["train"], torch.float32)):
+        assert [images.shape for images, _ in train] == [(4, 3, 16, 16)] * 3
+        assert all(images.dtype == dtype and labels.dtype == torch.int64 for images, labels in train)
     assert [labels.tolist() for _, labels in source.val_dataloader()] == [[0, 0, 0, 1], [1, 1]]
 
 
@@ -79,7 +81,7 @@ def test_scale_reaches_the_crop(root):
     whole = ready(root, scale=(1, 1), image_size=20)
     small = ready(root, scale=(0.01, 0.01), image_size=20)
     # a small piece of noise, enlarged, is smooth; the whole image is not
-    rough = [source.train_data[0][0].diff(dim=-1).abs().mean() for source in (whole, small)]
+    rough = [source.train_data[0][0].float().diff(dim=-1).abs().mean() for source in (whole, small)]
     assert rough[0] > 2 * rough[1]
 
 
@@ -87,7 +89,7 @@ def test_evaluation_resizes_the_shorter_side_then_crops_the_centre(root):
     pixels = np.zeros((20, 40, 3), dtype=np.uint8)
     pixels[:, 10:30] = 255  # the centre of a 2:1 image is white
     source = ready(root, image_size=18, crop_pct=0.9, mean=[0.5, 0, 0], std=[0.5, 1, 1])
-    image = source.val_data.transform(Image.fromarray(pixels))  # 18/0.9 = 20: no resampling
+    image = source.normalise(source.val_data.transform(Image.fromarray(pixels)))  # 18/0.9 = 20: no resampling
     assert image.shape == (3, 18, 18)
     assert torch.equal(image, torch.ones(3, 18, 18))
 
@@ -96,8 +98,24 @@ def test_evaluation_is_timms_for_the_published_models_pixel_for_pixel(root):
     config = timm.get_pretrained_cfg("t2t_vit_7").to_dict()
     theirs = timm.data.create_transform(**timm.data.resolve_data_config(config))
     noise = np.random.default_rng(0).integers(0, 256, (300, 401, 3), dtype=np.uint8)
-    ours = ready(root, image_size=224).val_data.transform(Image.fromarray(noise))
-    assert torch.equal(ours, theirs(Image.fromarray(noise)))
+    Image.fromarray(noise).save(root / "val" / "cat" / "noise.png")
+    source = ready(root, image_size=224)
+    ours = torch.cat([images for images, _ in delivered(source)["val"]])
+    assert torch.equal(ours, torch.stack([theirs(Image.open(path)) for path, _ in source.val_data.samples]))
+
+
+@pytest.mark.parametrize("policy", [None, "rand-m9-mstd0.5-inc1"])
+def test_training_is_timms_pixel_for_pixel(root, policy):
+    settings = {"scale": (0.2, 0.9), "auto_augment": policy, "interpolation": "random"}
+    settings |= {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}
+    source = ready(root, image_size=32, **settings)
+    theirs = timm.data.create_transform(32, is_training=True, color_jitter=0.0, **settings)
+    expected = []
+    for index, seed in source.train_dataloader().sampler:
+        with Image.open(source.train_data.samples[index][0]) as image, seeded(seed):
+            expected.append(theirs(image))
+    ours = torch.cat([images for images, _ in delivered(source)["train"]])
+    assert torch.equal(ours, torch.stack(expected))
 
 
 def test_an_augmentation_policy_reaches_the_training_images(root):

@@ -21,6 +21,7 @@ import pytorch_lightning as pl
 import timm
 import timm.data
 import torch
+from delivery import delivered
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -133,9 +134,10 @@ def test_the_yaml_shows_every_argument_and_gives_batches_of_the_promised_form(ro
     source = instantiate(config, root=str(root), image_size=16, batch_size=4, num_workers=0)
     assert (source.name, source.num_classes, source.image_size) == ("numbers", 24, 16)
     source.setup()
-    train = list(source.train_dataloader())
-    assert [images.shape for images, _ in train] == [(4, 3, 16, 16)] * 6
-    assert all(images.dtype == torch.float32 and labels.dtype == torch.int64 for images, labels in train)
+    for train, dtype in ((source.train_dataloader(), torch.uint8), (delivered(source)["train"], torch.float32)):
+        batches = list(train)
+        assert [images.shape for images, _ in batches] == [(4, 3, 16, 16)] * 6
+        assert all(images.dtype == dtype and labels.dtype == torch.int64 for images, labels in batches)
     assert [labels.tolist() for _, labels in source.val_dataloader()] == [[0, 1, 2], [3, 4, 5, 6]]
 
 
@@ -301,6 +303,16 @@ def test_augmentation_is_seeded_by_seed_epoch_and_key(root):
         assert torch.equal(images[0], source._train_transform(picture(labels[0])))
 
 
+def test_training_is_timms_pixel_for_pixel(root):
+    policy = "rand-m9-mstd0.5-inc1"
+    theirs = timm.data.create_transform(32, is_training=True, color_jitter=0.0, auto_augment=policy)
+    source = ready(root, image_size=32, auto_augment=policy, interpolation="bilinear")
+    for images, labels in delivered(source)["train"]:
+        for image, label in zip(images, labels.tolist(), strict=True):
+            with seeded(derived_seed(0, 0, zlib.crc32(f"train/{label}".encode()))):
+                assert torch.equal(image, theirs(picture(label)))
+
+
 def test_reading_leaves_the_programs_own_randomness_alone(root):
     torch.manual_seed(0)
     expected = torch.rand(1)
@@ -421,7 +433,7 @@ def test_evaluation_of_any_number_of_images(tmp_path):
 def test_evaluation_is_timms_for_the_published_models_pixel_for_pixel(root):
     config = timm.get_pretrained_cfg("t2t_vit_7").to_dict()
     theirs = timm.data.create_transform(**timm.data.resolve_data_config(config))
-    for images, labels in ready(root, image_size=224).val_dataloader():
+    for images, labels in delivered(ready(root, image_size=224))["val"]:
         assert all(
             torch.equal(image, theirs(picture(label))) for image, label in zip(images, labels.tolist(), strict=True)
         )
