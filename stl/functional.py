@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stl import kernels
 from stl.basis import Basis
 from stl.errors import SettingError
+from stl.precision import autocast_dtype
 
 ROW_AXES = ("tokens", "batch")
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 
 
 def _side(entries: int) -> int:
@@ -69,15 +71,20 @@ def stl_linear(
         row_axis: "tokens" cuts the tiles along axis −2; "batch" along axis 0, so that a tile holds t samples at one
             position and nothing passes between positions.
         out_features: m, at most M·t. By default the length of the bias, else M·t.
-        backend: "torch" is this reference; "auto" picks the fastest there is.
+        backend: "torch" is this reference, "triton" the kernels; "auto" picks the faster.
 
     Returns:
         (..., n, m), contiguous.
 
     Raises:
-        SettingError: shapes that do not fit each other, an unknown row_axis or backend.
+        SettingError: shapes, dtypes or devices that do not fit each other; an unknown row_axis; a backend that is
+            unknown or cannot run here.
     """
     tile, out_features = _check(x, weight, encoder, decoder, bias, row_axis, out_features, backend)
+    if kernels.use_triton(backend, x, tile, len(weight)):
+        from stl.kernels.linear import linear  # needs triton
+
+        return linear(x, weight, encoder, decoder, bias, row_axis, out_features)
     if row_axis == "batch":
         x = x.movedim(0, -2)
     n = x.shape[-2]
@@ -123,6 +130,14 @@ def _check(
             "stl_linear needs weight (r, K, M), encoder (r, t²) and decoder (r, t²); got "
             f"{tuple(weight.shape)}, {tuple(encoder.shape)} and {tuple(decoder.shape)}"
         )
+    others = [weight, encoder, decoder, *([] if bias is None else [bias])]
+    if any(tensor.device != x.device for tensor in others):
+        devices = ", ".join(dict.fromkeys(str(tensor.device) for tensor in (x, *others)))
+        raise SettingError(f"stl_linear needs all tensors on one device; got {devices}")
+    mixed = autocast_dtype(x) is None and any(tensor.dtype != x.dtype for tensor in others)
+    if mixed or not x.is_floating_point():
+        dtypes = ", ".join(dict.fromkeys(str(tensor.dtype) for tensor in (x, *others)))
+        raise SettingError(f"stl_linear needs floating-point tensors of one dtype, outside of autocast; got {dtypes}")
     _, blocks, out_blocks = weight.shape
     tile = _side(encoder.shape[1])
     if tile**2 != encoder.shape[1]:

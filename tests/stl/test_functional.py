@@ -235,6 +235,9 @@ GOOD = {
     [
         ({"row_axis": "rows"}, ["row_axis='rows' is unknown", "tokens, batch"]),
         ({"backend": "cuda"}, ["backend='cuda' is unknown", "auto, torch"]),
+        ({"bias": zeros(6).double()}, ["one dtype", "torch.float32, torch.float64"]),
+        ({"x": zeros(3, 7).long()}, ["floating-point", "torch.int64"]),
+        ({"weight": zeros(5, 4, 3).to("meta")}, ["one device", "cpu, meta"]),
         ({"weight": zeros(5, 12)}, ["weight (r, K, M)", "(5, 12)"]),
         ({"weight": zeros(6, 4, 3)}, ["weight (r, K, M)", "(6, 4, 3)"]),
         ({"encoder": zeros(6, 4)}, ["encoder (r, t²)", "(6, 4)"]),

@@ -1,0 +1,94 @@
+"""Tiles to channels: channels[q] = Σ_e matrix[q, e]·tile[e]. The encode of a layer, and the first step of its backward
+pass, where the gradient of the output meets the decoder."""
+
+from math import ceil
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stl.kernels.tiles import (
+    Tiling,
+    block_size,
+    channel_places,
+    load_basis,
+    multiply,
+    padded,
+    precision,
+    rows_of_a_program,
+    store_product,
+    tile_places,
+)
+
+
+@triton.jit
+def _encode(
+    x, stride_b, stride_n, stride_k, n, k, N, P, K,
+    matrix, channels, others, products, sums,
+    T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """A program takes the same BLOCK tiles of ROWS rows of tiles, one row after the other."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(K, BLOCK)
+    chunk = pid // blocks
+    j = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    basis = load_basis(matrix, R, T, RP, TT)
+    product = tl.zeros((RP, TT), tl.float32)
+    total = tl.zeros((TT, BLOCK), tl.float32)
+    for step in range(ROWS):
+        p = (chunk * ROWS + step).to(tl.int64)
+        places, exists = tile_places(p, j, N, n, k, P, stride_b, stride_n, stride_k, T, TT)
+        tiles = tl.load(x + places, mask=exists, other=0.0)
+        places, exists = channel_places(p, j, P, K, R, RP)
+        encoded = multiply(basis, tiles, None, PRECISION)
+        tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exists)
+        if PRODUCT:
+            other = tl.load(others + places, mask=exists, other=0.0)
+            product = multiply(other, tl.trans(tiles), product, PRECISION)
+        if SUM:
+            total += tiles.to(tl.float32)
+    if PRODUCT:
+        store_product(product, products, pid, R, T, RP, TT)
+    if SUM:
+        column = j[None, :] * T + tl.arange(0, T)[:, None]
+        summed = tl.sum(tl.reshape(total, (TT // T, T, BLOCK)), 0)
+        tl.store(sums + chunk.to(tl.int64) * k + column, summed, mask=column < k)
+
+
+def encode(x: Tensor, matrix: Tensor, tile: int) -> Tensor:
+    """x (B, n, k), any strides, and matrix (r, t²) → channels (r, P, K)."""
+    return _launch(x, matrix, tile, None, False)[0]
+
+
+def encode_gradient(
+    gradient: Tensor, decoder: Tensor, tile: int, channels: Tensor | None, bias: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient of what `decode` gave, (B, n, m) → those of what it was given, in one pass over memory.
+
+    Returns the gradient of the channels, (r, P, M); that of the decoder, float32 (r, t²), where the decoded `channels`
+    (r, P, M) are given; that of the bias, float32 (m,), where it is asked for.
+    """
+    return _launch(gradient, decoder, tile, channels, bias)
+
+
+def _launch(
+    x: Tensor, matrix: Tensor, tile: int, others: Tensor | None, bias: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rank, tiling = len(matrix), Tiling(x, tile)
+    channels = x.new_empty(rank, tiling.rows, tiling.columns)
+    block = block_size(rank, tiling.columns)
+    blocks = ceil(tiling.columns / block)
+    rows = 1 if others is None and not bias else rows_of_a_program(tiling.rows, blocks)
+    chunks = ceil(tiling.rows / rows)
+    products = None if others is None else x.new_empty(chunks * blocks, rank, tile**2, dtype=torch.float32)
+    sums = x.new_empty(chunks, x.shape[2], dtype=torch.float32) if bias else None
+    if channels.numel():
+        with torch.cuda.device_of(x):
+            _encode[(chunks * blocks,)](
+                *tiling.arguments(), matrix, channels, others, products, sums,
+                T=tile, R=rank, TT=padded(tile**2), RP=padded(rank), BLOCK=block, ROWS=rows,
+                PRECISION=precision(x.dtype), PRODUCT=others is not None, SUM=bias,
+            )  # fmt: skip
+    return channels, None if products is None else products.sum(0), None if sums is None else sums.sum(0)

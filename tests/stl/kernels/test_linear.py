@@ -1,0 +1,257 @@
+"""`stl_linear(backend="triton")` against the reference in float64: on the GPU where there is one, else in Triton's
+interpreter. Memory that an operator allocates is poisoned with NaN."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from stl import SettingError, get_basis, kernels, stl_linear
+from stl.functional import encode_weight
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BASES = [("strassen", 2, 7), ("hadamard", 2, 4), ("hadamard", 4, 16), ("frame", 4, 24), ("frame", 4, 33)]
+BASES += [("exact48", 4, 48), ("strassen", 4, 49), ("hadamard", 8, 64)]
+ROW_AXES = ["tokens", "batch"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def gaussian(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
+
+
+def operands(shape: tuple[int, ...], m: int, name: str, tile: int, rank: int, bias: bool = True) -> list[Tensor]:
+    """x of this shape, weight, encoder, decoder and bias, in float64."""
+    basis = get_basis(name, tile, rank)
+    weight = gaussian(rank, -(-shape[-1] // tile), -(-m // tile), seed=1)
+    matrices = [basis.encode_x.to(DEVICE), basis.decode.to(DEVICE)]
+    return [gaussian(*shape, seed=0), weight, *matrices, *([gaussian(m, seed=2)] if bias else [])]
+
+
+def results(arguments: list[Tensor], dtype: torch.dtype, **options) -> list[Tensor]:
+    """The output, then the gradients of all arguments for one gradient of the output, in this precision."""
+    arguments = [tensor.detach().to(dtype).requires_grad_() for tensor in arguments]
+    y = stl_linear(*arguments, **options)
+    return [y, *torch.autograd.grad(y, arguments, gaussian(*y.shape, seed=3).to(dtype))]
+
+
+def assert_agree(arguments: list[Tensor], dtype: torch.dtype, tolerance: float, **options) -> None:
+    wanted = results(arguments, torch.float64, **options)
+    for role, got, exact in zip(
+        ("y", "x", "weight", "encoder", "decoder", "bias"),
+        results(arguments, dtype, **options, backend="triton"),
+        wanted,
+        strict=False,
+    ):
+        assert got.shape == exact.shape, role
+        assert got.dtype == dtype, role
+        assert (got.double() - exact).norm() <= tolerance * exact.norm(), role
+
+
+@pytest.mark.parametrize("row_axis", ROW_AXES)
+@pytest.mark.parametrize("basis", BASES)
+def test_output_and_all_gradients(basis, row_axis):
+    assert_agree(operands((3, 7, 13), 10, *basis), torch.float32, 2e-6, row_axis=row_axis)
+
+
+@given(
+    lead=st.lists(st.integers(1, 3), max_size=3).map(tuple),
+    n=st.integers(1, 9),
+    k=st.integers(1, 20),
+    m=st.integers(1, 20),
+    rank=st.integers(7, 49),
+    bias=st.booleans(),
+    row_axis=st.sampled_from(ROW_AXES),
+)
+@settings(deadline=None, derandomize=True, max_examples=15)
+def test_any_size_and_rank(lead, n, k, m, rank, bias, row_axis):
+    arguments = operands((*lead, n, k), m, "random", 4, rank, bias)
+    assert_agree(arguments, torch.float32, 2e-6, row_axis=row_axis, out_features=m)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (147, 12, 3), (197, 36, 8), (8, 1000, 4), (4, 3, 1000)])
+def test_odd_sizes(sizes):
+    n, k, m = sizes
+    assert_agree(operands((2, n, k), m, "hadamard", 4, 16), torch.float32, 2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_sums_over_many_rows_of_tiles(rows, monkeypatch):
+    monkeypatch.setattr("stl.kernels.tiles.PROGRAMS", 8 // rows)  # each takes several rows, the last fewer
+    assert_agree(operands((5, 13, 70), 75, "hadamard", 4, 16), torch.float32, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("basis", BASES)
+def test_noise_in_low_precision(basis, dtype):
+    """As an approximate product no more than 1.5·√(½+S) times that of the dense one. (The interpreter cuts bf16 off
+    where a GPU rounds.)"""
+    assert_agree(operands((2, 16, 64), 64, *basis), dtype, 0.05)
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        return
+    matrices = get_basis(*basis)
+    x, w = gaussian(96, 64, seed=4).to(dtype), gaussian(64, 64, seed=5).to(dtype)
+    product = x.double() @ w.double()
+    weight = encode_weight(w.cpu().double(), matrices.encode_w)
+    arguments = [x, *(m.to(DEVICE, dtype) for m in (weight, matrices.encode_x, matrices.decode))]
+    noise = stl_linear(*arguments, backend="triton").double() - stl_linear(*(m.double() for m in arguments))
+    allowed = 1.5 * (0.5 + matrices.amplification) ** 0.5
+    assert noise.norm() <= allowed * ((x @ w).double() - product).norm()
+
+
+@pytest.mark.parametrize("row_axis", ROW_AXES)
+def test_the_layout_of_the_inputs_does_not_matter(row_axis):
+    arguments = operands((3, 5, 7), 6, "hadamard", 4, 16)
+    strided = [torch.stack([a, a * float("nan")], -1)[..., 0] for a in arguments]
+    transposed = [a.T.contiguous().T if a.ndim == 2 else a.mT.contiguous().mT if a.ndim == 3 else a for a in arguments]
+    expanded = [arguments[0][:1].expand(3, 5, 7), *arguments[1:]]
+    for changed in (strided, transposed, expanded):
+        changed = [tensor.float() if tensor.is_contiguous() else tensor for tensor in changed]
+        assert_agree(changed, torch.float32, 2e-6, row_axis=row_axis)
+    x = arguments[0].float()[:1].expand(3, 5, 7)
+    rest = [tensor.float() for tensor in arguments[1:]]
+    torch.testing.assert_close(
+        stl_linear(x, *rest, row_axis=row_axis, backend="triton"), stl_linear(x, *rest, row_axis=row_axis)
+    )
+
+
+@pytest.mark.parametrize("row_axis", ROW_AXES)
+@pytest.mark.parametrize("shape", [(0, 5, 6), (2, 0, 6), (3, 0, 5, 6), (0, 6)])
+def test_empty_inputs(shape, row_axis):
+    arguments = operands(shape, 7, "hadamard", 2, 4)
+    y, dx, *gradients = results(arguments, torch.float32, row_axis=row_axis, backend="triton")
+    assert y.shape == (*shape[:-1], 7)
+    assert dx.shape == shape
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 20 GB of memory")
+@pytest.mark.parametrize("row_axis", ROW_AXES)
+def test_more_than_two_to_the_31_elements(row_axis):
+    samples = 2**31 // (8 * 512) + 4
+    x = torch.randn(samples, 8, 512, dtype=torch.bfloat16, device=DEVICE)
+    arguments = [tensor.bfloat16() for tensor in operands((1, 8, 512), 8, "hadamard", 4, 16)[1:]]
+    y = stl_linear(x, *arguments, row_axis=row_axis, backend="triton")
+    last = stl_linear(x[-4:], *arguments, row_axis=row_axis, backend="triton")
+    assert torch.equal(y[-4:], last)
+
+
+@pytest.mark.parametrize("row_axis", ROW_AXES)
+def test_the_operators_keep_the_rules_of_pytorch(row_axis):
+    arguments = [tensor.float().requires_grad_() for tensor in operands((2, 5, 7), 6, "hadamard", 4, 16)]
+    for bias in (arguments[4], None):
+        torch.library.opcheck(torch.ops.stl.linear, (*arguments[:4], bias, 6, row_axis == "batch"))
+
+
+def test_compiles_without_graph_breaks_and_exports():
+    arguments = [tensor.float() for tensor in operands((2, 5, 7), 6, "hadamard", 4, 16)]
+
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return stl_linear(x, *arguments[1:], backend="triton").relu()
+
+    torch.compiler.reset()
+    wanted = Module()(arguments[0])
+    torch.testing.assert_close(
+        torch.compile(Module(), fullgraph=True, backend="aot_eager")(arguments[0]), wanted, rtol=0, atol=0
+    )
+    exported = torch.export.export(Module(), (arguments[0],))
+    assert "stl.linear" in str(exported.graph)
+    torch.testing.assert_close(exported.module()(arguments[0]), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    arguments = [tensor.float().requires_grad_() for tensor in operands((2, 5, 7), 6, "hadamard", 4, 16)]
+    with torch.autocast(DEVICE, dtype):
+        y = stl_linear(*arguments, backend="triton")
+    assert y.dtype == dtype
+    gradients = torch.autograd.grad(y.float().square().sum(), arguments)
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("row_axis", ROW_AXES)
+@pytest.mark.parametrize("train_basis", [True, False])
+def test_the_counted_flops_are_those_of_the_reference_and_of_encoding_again(row_axis, train_basis):
+    arguments = [tensor.float().requires_grad_() for tensor in operands((3, 6, 7), 10, "hadamard", 4, 16)]
+    for matrix in arguments[2:4]:
+        matrix.requires_grad_(train_basis)
+
+    def flops(backend: str) -> tuple[int, int]:
+        with FlopCounterMode(display=False) as counter:
+            y = stl_linear(*arguments, row_axis=row_axis, backend=backend)
+            forward = counter.get_total_flops()
+            y.sum().backward()
+        return forward, counter.get_total_flops() - forward
+
+    (forward, backward), (wanted, wanted_backward) = flops("triton"), flops("torch")
+    tiles = 3 * 2 * 2 if row_axis == "tokens" else 6 * 1 * 2
+    encode = 2 * tiles * 16 * 16
+    assert forward == wanted
+    assert backward == wanted_backward + encode * (1 if train_basis else 2)
+
+
+@pytest.mark.parametrize("frozen", [(), (2, 3), (0,), (1, 2, 3), (4,)])
+def test_frozen_arguments_have_no_gradient(frozen):
+    arguments = [tensor.float().requires_grad_() for tensor in operands((2, 5, 7), 6, "hadamard", 4, 16)]
+    for index in frozen:
+        arguments[index].requires_grad_(False)
+    trained = [tensor for tensor in arguments if tensor.requires_grad]
+    for got, wanted in zip(
+        torch.autograd.grad(stl_linear(*arguments, backend="triton").square().sum(), trained),
+        torch.autograd.grad(stl_linear(*arguments).square().sum(), trained),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("train_basis", [True, False])
+def test_the_backward_pass_keeps_x_and_only_for_the_decoder_the_channels(train_basis):
+    arguments = [tensor.float().requires_grad_() for tensor in operands((2, 8, 16), 8, "hadamard", 4, 16)]
+    for matrix in arguments[2:4]:
+        matrix.requires_grad_(train_basis)
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t
+    ):
+        stl_linear(*arguments, backend="triton")
+    activations = sum(kept.values()) - sum(tensor.numel() for tensor in arguments[1:4])
+    assert activations == 2 * 8 * 16 + train_basis * (2 * 8 * 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": torch.float64}, "no dtype torch.float64, only torch.bfloat16, torch.float16, torch.float32"),
+        ({"tile": 3, "rank": 9}, "no tile 3, only 2, 4, 8"),
+        ({"tile": 8, "rank": 65}, "ranks to 64, not 65"),
+    ],
+)
+def test_what_there_is_no_kernel_for_gets_one_line(change, said):
+    setting = {"dtype": torch.float32, "tile": 4, "rank": 16} | change
+    basis = ("frame", setting["tile"], setting["rank"])
+    arguments = [tensor.to(setting["dtype"]) for tensor in operands((2, 9), 9, *basis)]
+    with pytest.raises(SettingError, match=said):
+        stl_linear(*arguments, backend="triton")
+    assert stl_linear(*arguments, backend="auto").shape == (2, 9)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_without_a_gpu_or_triton_auto_says_nothing_and_triton_says_why(monkeypatch, recwarn):
+    arguments = [tensor.float() for tensor in operands((2, 9), 9, "hadamard", 4, 16)]
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    with pytest.raises(SettingError, match="needs tensors on a GPU, x is on cpu"):
+        stl_linear(*arguments, backend="triton")
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    with pytest.raises(SettingError, match="needs the package triton"):
+        stl_linear(*arguments, backend="triton")
+    stl_linear(*arguments)
+    assert not recwarn
