@@ -12,8 +12,10 @@ from stl.errors import SettingError
 from stl.flops import FlopReport, count_flops
 from stl.functional import stl_linear, stl_matmul
 from stl.linear import STLLinear
+from stl.mlp import STLMLP, fuse_mlps
 
 __all__ = [
+    "STLMLP",
     "Basis",
     "ConversionReport",
     "FlopReport",
@@ -22,6 +24,7 @@ __all__ = [
     "SettingError",
     "convert",
     "count_flops",
+    "fuse_mlps",
     "get_basis",
     "list_bases",
     "register_basis",

@@ -80,7 +80,7 @@ def stl_linear(
         SettingError: shapes, dtypes or devices that do not fit each other; an unknown row_axis; a backend that is
             unknown or cannot run here.
     """
-    tile, out_features = _check(x, weight, encoder, decoder, bias, row_axis, out_features, backend)
+    tile, out_features = check_arguments(x, weight, encoder, decoder, bias, row_axis, out_features, backend)
     if kernels.use_triton(backend, x, tile, len(weight)):
         from stl.kernels.linear import linear  # needs triton
 
@@ -110,7 +110,7 @@ def stl_matmul(x: Tensor, w: Tensor, basis: Basis) -> Tensor:
     return stl_linear(x, encode_weight(w, encode_w), encode_x, decode, out_features=w.shape[1])
 
 
-def _check(
+def check_arguments(
     x: Tensor,
     weight: Tensor,
     encoder: Tensor,

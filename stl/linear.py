@@ -24,7 +24,8 @@ class STLLinear(nn.Module):
       sample is then one token, alone in its tile, so that samples never mix.
     - `row_axis="batch"`: t samples along axis 0 at the same position; nothing passes between positions.
 
-    With `train_basis=False` encoder and decoder are buffers and stay as they are.
+    With `train_basis=False` encoder and decoder are buffers and stay as they are. The attribute `backend`, "auto", says
+    what computes it, as in `stl_linear`.
     Raises SettingError where no such basis exists or a size is not positive.
     """
 
@@ -33,6 +34,7 @@ class STLLinear(nn.Module):
     decoder: Tensor
     bias: Tensor | None
     spec: Tensor
+    backend = "auto"
 
     def __init__(
         self,
@@ -136,19 +138,27 @@ class STLLinear(nn.Module):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim < 1 or x.shape[-1] != self.in_features:  # within its padding, stl_linear would take other sizes too
-            raise SettingError(f"x has shape {tuple(x.shape)}; in_features={self.in_features} must be its last size")
-        lone_rows = x.ndim == 1 or (x.ndim == 2 and self.row_axis == "tokens")
         y = stl_linear(
-            x.unsqueeze(-2) if lone_rows else x,
+            self.with_rows(x),
             self.weight,
             self.encoder,
             self.decoder,
             self.bias,
             row_axis=self.row_axis,
             out_features=self.out_features,
+            backend=self.backend,
         )
-        return y.squeeze(-2) if lone_rows else y
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def with_rows(self, x: Tensor) -> Tensor:
+        """x as `stl_linear` takes it: where its rows are samples of one token each, every row a matrix of its own.
+
+        Raises SettingError for another number of features; within its padding, stl_linear would take it.
+        """
+        if x.ndim < 1 or x.shape[-1] != self.in_features:
+            raise SettingError(f"x has shape {tuple(x.shape)}; in_features={self.in_features} must be its last size")
+        lone_rows = x.ndim == 1 or (x.ndim == 2 and self.row_axis == "tokens")
+        return x.unsqueeze(-2) if lone_rows else x
 
     def extra_repr(self) -> str:
         return (

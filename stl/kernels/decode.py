@@ -76,7 +76,7 @@ def decode_gradient(gradient: Tensor, encoder: Tensor, x: Tensor, dx: Tensor, ti
 def _launch(
     channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor | None, x: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    rank, tiling = len(matrix), Tiling(y, tile)
+    rank, tiling = len(matrix), Tiling(y.shape[0], y.shape[1], y.shape[2], tile)
     block = block_size(rank, tiling.columns)
     blocks = ceil(tiling.columns / block)
     rows = 1 if x is None else rows_of_a_program(tiling.rows, blocks)
@@ -88,7 +88,7 @@ def _launch(
     if y.numel():
         with torch.cuda.device_of(y):
             _decode[(chunks * blocks,)](
-                *tiling.arguments(), matrix, channels, bias, x, *(0, 0, 0) if x is None else x.stride(),
+                y, *y.stride(), *tiling.sizes(), matrix, channels, bias, x, *(0, 0, 0) if x is None else x.stride(),
                 encoded, products,
                 T=tile, R=rank, TT=padded(tile**2), RP=padded(rank), BLOCK=block, ROWS=rows,
                 PRECISION=precision(y.dtype), BIAS=bias is not None, INPUT=x is not None,

@@ -17,6 +17,7 @@ from stl.kernels.tiles import (
     padded,
     precision,
     rows_of_a_program,
+    store_column_sums,
     store_product,
     tile_places,
 )
@@ -52,9 +53,7 @@ def _encode(
     if PRODUCT:
         store_product(product, products, pid, R, T, RP, TT)
     if SUM:
-        column = j[None, :] * T + tl.arange(0, T)[:, None]
-        summed = tl.sum(tl.reshape(total, (TT // T, T, BLOCK)), 0)
-        tl.store(sums + chunk.to(tl.int64) * k + column, summed, mask=column < k)
+        store_column_sums(total, sums, chunk, j, k, T, TT)
 
 
 def encode(x: Tensor, matrix: Tensor, tile: int) -> Tensor:
@@ -76,7 +75,7 @@ def encode_gradient(
 def _launch(
     x: Tensor, matrix: Tensor, tile: int, others: Tensor | None, bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    rank, tiling = len(matrix), Tiling(x, tile)
+    rank, tiling = len(matrix), Tiling(x.shape[0], x.shape[1], x.shape[2], tile)
     channels = x.new_empty(rank, tiling.rows, tiling.columns)
     block = block_size(rank, tiling.columns)
     blocks = ceil(tiling.columns / block)
@@ -87,7 +86,7 @@ def _launch(
     if channels.numel():
         with torch.cuda.device_of(x):
             _encode[(chunks * blocks,)](
-                *tiling.arguments(), matrix, channels, others, products, sums,
+                x, *x.stride(), *tiling.sizes(), matrix, channels, others, products, sums,
                 T=tile, R=rank, TT=padded(tile**2), RP=padded(rank), BLOCK=block, ROWS=rows,
                 PRECISION=precision(x.dtype), PRODUCT=others is not None, SUM=bias,
             )  # fmt: skip

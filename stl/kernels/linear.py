@@ -1,10 +1,9 @@
-"""The STL layer as one operator of PyTorch, `stl::linear`, with its gradient, shapes and cost.
+"""The STL layer as two operators of PyTorch, `stl::encode_gemm` and `stl::decode`, with gradients, shapes and costs.
 
-As one operator it keeps x and the channels before the decode for the backward pass, not the encoded x; that is encoded
-again where the backward pass reads x anyway.
+Each keeps what it was given for its backward pass: x unencoded, to be encoded again where the backward pass reads it
+anyway, and the channels between the two, which the gradient of the decoder needs, only where there is one.
 """
 
-from math import ceil
 from typing import Any
 
 import torch
@@ -13,133 +12,185 @@ from torch.utils.flop_counter import register_flop_formula
 
 from stl.kernels.decode import decode, decode_gradient
 from stl.kernels.encode import encode, encode_gradient
-from stl.kernels.tiles import Tiling
 from stl.precision import autocast_dtype
 
 
 def linear(
     x: Tensor, weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, row_axis: str, out_features: int
 ) -> Tensor:
-    """`stl.functional.stl_linear` by kernels, for arguments that it has checked; casts them as autocast asks."""
-    if dtype := autocast_dtype(x):
-        x, weight, encoder, decoder = (tensor.to(dtype) for tensor in (x, weight, encoder, decoder))
-        bias = None if bias is None else bias.to(dtype)
-    shape = x.shape
+    """`stl.functional.stl_linear` by kernels, for arguments that it has checked."""
+    samples, rows_first = as_samples(x, row_axis)
+    samples, weight, encoder, decoder, bias = as_autocast(samples, weight, encoder, decoder, bias)
+    channels = torch.ops.stl.encode_gemm(samples, weight, encoder, rows_first)
+    y = torch.ops.stl.decode(channels, decoder, bias, *samples.shape[:2], out_features, rows_first)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def as_samples(x: Tensor, row_axis: str) -> tuple[Tensor, bool]:
+    """x with three axes, and whether the rows of tiles run along the first: (B, n, k) or, so, (n, B, k)."""
     if row_axis == "batch":
-        x = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
-    else:
-        x = x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)
-    y, _ = torch.ops.stl.linear(x, weight, encoder, decoder, bias, out_features, row_axis == "batch")
-    return y.view(*shape[:-1], out_features)
+        return (x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)), True
+    return (x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)), False
 
 
-@torch.library.custom_op("stl::linear", mutates_args=())
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    encoder: Tensor,
-    decoder: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    rows_first: bool,
-) -> tuple[Tensor, Tensor]:
-    """x (B, n, k), or (n, B, k) where `rows_first` → y of that order with m features, and the channels (r, P, M)."""
-    tile = _tile(encoder)
-    y = x.new_empty(*x.shape[:2], out_features)
-    channels = torch.bmm(encode(_samples(x, rows_first), encoder.contiguous(), tile), weight)
-    decode(channels, decoder.contiguous(), _samples(y, rows_first), tile, bias)
-    return y, channels
+def as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """All of them in the dtype that autocast asks for."""
+    dtype = autocast_dtype(x) or x.dtype
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *tensors))
 
 
-@_linear.register_fake
-def _(x, weight, encoder, decoder, bias, out_features, rows_first):
-    rows = Tiling(_samples(x, rows_first), _tile(encoder)).rows
-    return x.new_empty(*x.shape[:2], out_features), x.new_empty(weight.shape[0], rows, weight.shape[2])
+def tile_of(matrix: Tensor) -> int:
+    """t of an encoder or decoder (r, t²)."""
+    return round(matrix.shape[1] ** 0.5)
 
 
-@torch.library.custom_op("stl::linear_backward", mutates_args=())
-def _linear_backward(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    encoder: Tensor,
-    decoder: Tensor,
-    channels: Tensor | None,
-    bias: bool,
-    rows_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, encoder, decoder and bias; the last two are empty where no `channels` or no `bias`."""
-    tile, dtype = _tile(encoder), x.dtype
-    dchannels, ddecoder, dbias = encode_gradient(
-        _samples(gradient, rows_first), decoder.contiguous(), tile, channels, bias
-    )
-    dencoded = torch.bmm(dchannels, weight.mT)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    encoded, dencoder = decode_gradient(
-        dencoded, encoder.contiguous(), _samples(x, rows_first), _samples(dx, rows_first), tile
-    )
-    dweight = torch.bmm(encoded.mT, dchannels)
-    ddecoder, dbias = (x.new_empty(0) if total is None else total.to(dtype) for total in (ddecoder, dbias))
-    return dx, dweight, dencoder.to(dtype), ddecoder, dbias
-
-
-@_linear_backward.register_fake
-def _(gradient, x, weight, encoder, decoder, channels, bias, rows_first):
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
-        encoder.new_empty(encoder.shape),
-        decoder.new_empty(decoder.shape if channels is not None else 0),
-        gradient.new_empty(gradient.shape[-1] if bias else 0),
-    )
-
-
-def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, encoder, decoder, bias, _, ctx.rows_first = inputs
-    ctx.set_materialize_grads(False)
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight, encoder, decoder, output[1] if ctx.needs_input_grad[3] else None)
-
-
-def _backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if gradient is None:
-        return (None,) * 7
-    bias = ctx.has_bias and ctx.needs_input_grad[4]
-    gradients = torch.ops.stl.linear_backward(gradient, *ctx.saved_tensors, bias, ctx.rows_first)
-    needed = (*ctx.needs_input_grad[:4], bias)
-    return (*(d if need else None for d, need in zip(gradients, needed, strict=True)), None, None)
-
-
-_linear.register_autograd(_backward, setup_context=_keep)
-
-
-@register_flop_formula(torch.ops.stl.linear)
-def _flops(x, weight, encoder, decoder, bias, out_features, rows_first, *, out_val=None, **_) -> int:
-    return 2 * sum(_macs(x, weight, encoder, rows_first))
-
-
-@register_flop_formula(torch.ops.stl.linear_backward)
-def _backward_flops(gradient, x, weight, encoder, decoder, channels, bias, rows_first, **_) -> int:
-    coded, core, decoded = _macs(x, weight, encoder, rows_first)
-    return 2 * (3 * coded + 2 * core + (1 if channels is None else 2) * decoded)
-
-
-def _macs(x: Any, weight: Any, encoder: Any, rows_first: bool) -> tuple[int, int, int]:
-    """Of encode, core and decode, from shapes."""
-    (rank, K, M), entries = weight, encoder[1]
-    samples, n = x[1::-1][:2] if rows_first else x[:2]
-    P = samples * ceil(n / _side(entries))
-    return P * K * entries * rank, P * K * M * rank, P * M * entries * rank
-
-
-def _samples(x: Tensor, rows_first: bool) -> Tensor:
+def sample_view(x: Tensor, rows_first: bool) -> Tensor:
     """As (B, n, k)."""
     return x.transpose(0, 1) if rows_first else x
 
 
-def _tile(encoder: Tensor) -> int:
-    return _side(encoder.shape[1])
+# --- encode and multiply -----------------------------------------------------------------------------------------
 
 
-def _side(entries: int) -> int:
-    return round(entries**0.5)
+@torch.library.custom_op("stl::encode_gemm", mutates_args=())
+def _encode_gemm(x: Tensor, weight: Tensor, encoder: Tensor, rows_first: bool) -> Tensor:
+    """x (B, n, k), or (n, B, k) where `rows_first`; weight (r, K, M); encoder (r, t²) → channels (r, P, M)."""
+    return torch.bmm(encode(sample_view(x, rows_first), encoder.contiguous(), tile_of(encoder)), weight)
+
+
+@_encode_gemm.register_fake
+def _(x, weight, encoder, rows_first):
+    return x.new_empty(weight.shape[0], _rows_of_tiles(x.shape, tile_of(encoder), rows_first), weight.shape[2])
+
+
+@torch.library.custom_op("stl::encode_gemm_backward", mutates_args=())
+def _encode_gemm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, encoder: Tensor, rows_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and encoder."""
+    dencoded = torch.bmm(gradient, weight.mT)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    encoded, dencoder = decode_gradient(
+        dencoded,
+        encoder.contiguous(),
+        sample_view(x, rows_first),
+        sample_view(dx, rows_first),
+        tile_of(encoder),
+    )
+    return dx, torch.bmm(encoded.mT, gradient), dencoder.to(x.dtype)
+
+
+@_encode_gemm_backward.register_fake
+def _(gradient, x, weight, encoder, rows_first):
+    return tuple(torch.empty_like(of, memory_format=torch.contiguous_format) for of in (x, weight, encoder))
+
+
+def _keep_input(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.rows_first = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_encode_gemm(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.stl.encode_gemm_backward(gradient.contiguous(), *ctx.saved_tensors, ctx.rows_first)
+    return *wanted(gradients, ctx.needs_input_grad), None
+
+
+_encode_gemm.register_autograd(_differentiate_encode_gemm, setup_context=_keep_input)
+
+
+@register_flop_formula(torch.ops.stl.encode_gemm)
+def _(x, weight, encoder, rows_first, **_) -> int:
+    coded, core = encode_gemm_macs(_rows_of_tiles(x, round(encoder[1] ** 0.5), rows_first), weight, encoder)
+    return 2 * (coded + core)
+
+
+@register_flop_formula(torch.ops.stl.encode_gemm_backward)
+def _(gradient, x, weight, encoder, rows_first, **_) -> int:
+    coded, core = encode_gemm_macs(gradient[1], weight, encoder)
+    return 2 * (3 * coded + 2 * core)
+
+
+# --- decode ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("stl::decode", mutates_args=())
+def _decode(
+    channels: Tensor, decoder: Tensor, bias: Tensor | None, first: int, second: int, m: int, rows_first: bool
+) -> Tensor:
+    """channels (r, P, M), decoder (r, t²), bias (m,) → y (first, second, m), which is (B, n, m) or (n, B, m)."""
+    y = channels.new_empty(first, second, m)
+    decode(channels, decoder.contiguous(), sample_view(y, rows_first), tile_of(decoder), bias)
+    return y
+
+
+@_decode.register_fake
+def _(channels, decoder, bias, first, second, m, rows_first):
+    return channels.new_empty(first, second, m)
+
+
+@torch.library.custom_op("stl::decode_backward", mutates_args=())
+def _decode_backward(
+    gradient: Tensor, channels: Tensor | None, decoder: Tensor, bias: bool, rows_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of channels, decoder and bias; the last two are empty without `channels`, or without `bias`."""
+    dchannels, ddecoder, dbias = encode_gradient(
+        sample_view(gradient, rows_first), decoder.contiguous(), tile_of(decoder), channels, bias
+    )
+    ddecoder, dbias = (dchannels.new_empty(0) if total is None else total.to(dchannels) for total in (ddecoder, dbias))
+    return dchannels, ddecoder, dbias
+
+
+@_decode_backward.register_fake
+def _(gradient, channels, decoder, bias, rows_first):
+    tile = tile_of(decoder)
+    P, M = _rows_of_tiles(gradient.shape, tile, rows_first), -(-gradient.shape[2] // tile)
+    return (
+        gradient.new_empty(decoder.shape[0], P, M),
+        gradient.new_empty(0 if channels is None else decoder.shape),
+        gradient.new_empty(gradient.shape[2] if bias else 0),
+    )
+
+
+def _keep_channels(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    channels, decoder, bias, *_, ctx.rows_first = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(channels if ctx.needs_input_grad[1] else None, decoder)
+
+
+def _differentiate_decode(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    bias = ctx.has_bias and ctx.needs_input_grad[2]
+    gradients = torch.ops.stl.decode_backward(gradient, *ctx.saved_tensors, bias, ctx.rows_first)
+    return *wanted(gradients, (*ctx.needs_input_grad[:2], bias)), None, None, None, None
+
+
+_decode.register_autograd(_differentiate_decode, setup_context=_keep_channels)
+
+
+@register_flop_formula(torch.ops.stl.decode)
+def _(channels, decoder, *_, **__) -> int:
+    return 2 * channels[1] * channels[2] * decoder[0] * decoder[1]
+
+
+@register_flop_formula(torch.ops.stl.decode_backward)
+def _(gradient, channels, decoder, bias, rows_first, *, out_shape, **_) -> int:
+    (_, P, M), *_ = out_shape
+    return 2 * P * M * decoder[0] * decoder[1] * (1 if channels is None else 2)
+
+
+# --- both --------------------------------------------------------------------------------------------------------
+
+
+def wanted(gradients: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Of the gradients that an operator computes, those that are asked for."""
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=False))
+
+
+def encode_gemm_macs(P: int, weight: Any, encoder: Any) -> tuple[int, int]:
+    """Of the encode and of the batched GEMM, from shapes and the number of rows of tiles."""
+    rank, K, M = weight
+    return P * K * encoder[1] * rank, P * K * M * rank
+
+
+def _rows_of_tiles(shape: Any, tile: int, rows_first: bool) -> int:
+    rows, samples = shape[:2] if rows_first else (shape[1], shape[0])
+    return samples * -(-rows // tile)

@@ -12,31 +12,31 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 PROGRAMS = 4096  # of a launch that leaves sums behind: about eight on each multiprocessor at a time, a few times over
 
 
 class Tiling(NamedTuple):
-    """The tiles of a matrix (B, n, k) with any strides."""
+    """The tiles of a matrix (samples, n, k)."""
 
-    matrix: Tensor
+    samples: int
+    n: int
+    k: int
     tile: int
 
     @property
     def rows(self) -> int:
         """P, rows of tiles in all samples."""
-        return self.matrix.shape[0] * ceil(self.matrix.shape[1] / self.tile)
+        return self.samples * ceil(self.n / self.tile)
 
     @property
     def columns(self) -> int:
         """K, tiles in a row of tiles."""
-        return ceil(self.matrix.shape[2] / self.tile)
+        return ceil(self.k / self.tile)
 
-    def arguments(self) -> tuple[Tensor | int, ...]:
-        """What the kernels take: the matrix, its strides, n, k, N, P and K."""
-        n, k = self.matrix.shape[1:]
-        return self.matrix, *self.matrix.stride(), n, k, ceil(n / self.tile), self.rows, self.columns
+    def sizes(self) -> tuple[int, ...]:
+        """What the kernels take: n, k, N, P and K."""
+        return self.n, self.k, ceil(self.n / self.tile), self.rows, self.columns
 
 
 def padded(entries: int) -> int:
@@ -96,3 +96,11 @@ def store_product(product, total, pid, R: tl.constexpr, T: tl.constexpr, RP: tl.
     """One program's share (RP, TT) of the gradient of a basis matrix, to total (programs, R, T²)."""
     q, e = tl.arange(0, RP)[:, None], tl.arange(0, TT)[None, :]
     tl.store(total + (pid.to(tl.int64) * R + q) * (T * T) + e, product, mask=(q < R) & (e < T * T))
+
+
+@triton.jit
+def store_column_sums(tiles, total, chunk, j, k, T: tl.constexpr, TT: tl.constexpr):
+    """One program's share of the sums over rows, from the sums (TT, BLOCK) of its tiles, to total (chunks, k)."""
+    column = j[None, :] * T + tl.arange(0, T)[:, None]
+    sums = tl.sum(tl.reshape(tiles, (TT // T, T, tiles.shape[1])), 0)
+    tl.store(total + chunk.to(tl.int64) * k + column, sums, mask=column < k)

@@ -1,0 +1,160 @@
+"""`STLMLP` by kernels against its layers in float64, one after the other: on the GPU where there is one, else in
+Triton's interpreter."""
+
+import pytest
+import torch
+from gaussian import DEVICE, gaussian
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from stl import STLMLP, SettingError, STLLinear
+from stl.mlp import ACTIVATIONS
+
+PAIRS = [((4, 16, "hadamard"), (4, 24, "frame")), ((2, 7, "strassen"), (2, 4, "hadamard"))]
+PAIRS += [((4, 49, "strassen"), (4, 16, "hadamard")), ((8, 64, "hadamard"), (8, 64, "hadamard"))]
+# of Triton's interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+
+def mlp(
+    sizes: tuple[int, int, int],
+    pair: tuple = PAIRS[0],
+    activation: str = "gelu",
+    bias: bool = True,
+    row_axis: str = "tokens",
+    dropout: float = 0.0,
+) -> STLMLP:
+    """In float64, with numbers that are nothing special."""
+    torch.manual_seed(0)
+    layers = [
+        STLLinear(k, m, bias, tile=tile, rank=rank, basis=basis, row_axis=row_axis)
+        for (k, m), (tile, rank, basis) in zip((sizes[:2], sizes[1:]), pair, strict=True)
+    ]
+    module = STLMLP(layers[0], activation, layers[1], dropout=dropout).double().to(DEVICE)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return module
+
+
+def results(module: STLMLP, x: Tensor, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
+    module.to(dtype).backend = backend
+    x = x.to(dtype).requires_grad_()
+    y = module(x)
+    parameters = dict(module.named_parameters())
+    gradients = torch.autograd.grad(y, [x, *parameters.values()], gaussian(*y.shape, seed=3).to(dtype))
+    return {"y": y, **dict(zip(["x", *parameters], gradients, strict=True))}
+
+
+def assert_agree(module: STLMLP, x: Tensor, dtype: torch.dtype = torch.float32, tolerance: float = 3e-6) -> None:
+    exact = results(module, x, torch.float64, "torch")
+    for role, got in results(module, x, dtype, "triton").items():
+        assert got.shape == exact[role].shape, role
+        assert got.dtype == dtype, role
+        assert (got.double() - exact[role]).norm() <= tolerance * exact[role].norm(), role
+
+
+@pytest.mark.parametrize("row_axis", ["tokens", "batch"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_output_and_all_gradients(pair, row_axis):
+    assert_agree(mlp((9, 13, 10), pair, row_axis=row_axis), gaussian(3, 7, 9, seed=0))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation, bias):
+    assert_agree(mlp((9, 13, 10), activation=activation, bias=bias), gaussian(2, 5, 9, seed=0))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5,), (3, 1), (2, 1, 3, 6), (1, 147, 3), (2, 0, 5), (0, 5, 5)])
+def test_odd_shapes(shape):
+    assert_agree(mlp((shape[-1], 7, 3)), gaussian(*shape, seed=0))
+
+
+def test_sums_over_many_rows_of_tiles(monkeypatch):
+    monkeypatch.setattr("stl.kernels.tiles.PROGRAMS", 3)
+    assert_agree(mlp((5, 70, 9)), gaussian(5, 13, 5, seed=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    assert_agree(mlp((32, 48, 32)), gaussian(2, 8, 32, seed=0), dtype, 0.05)
+
+
+def test_large_and_small_arguments_of_every_activation():
+    for activation, function in ACTIVATIONS.items():
+        module = mlp((4, 4, 4), ((4, 49, "strassen"),) * 2, activation).float()
+        for layer in module.layers:  # both multiply with one
+            layer.load_dense(torch.eye(4, device=DEVICE), torch.zeros(4, device=DEVICE))
+        module.backend = "triton"
+        x = torch.linspace(-30, 30, 64, device=DEVICE).view(4, 4, 4)
+        torch.testing.assert_close(module(x), function(x), atol=1e-4, rtol=1e-5)
+
+
+def test_the_operator_keeps_the_rules_of_pytorch():
+    module = mlp((9, 13, 10)).float()
+    first, second = module.layers
+    channels = gaussian(16, 4, 4, seed=1).float().requires_grad_()
+    for bias in (first.bias, None):
+        arguments = (channels, first.decoder, bias, second.encoder, second.weight, "gelu", 2, 7, 13)
+        torch.library.opcheck(torch.ops.stl.hidden_gemm, arguments)
+
+
+def test_compiles_without_graph_breaks():
+    module, x = mlp((9, 13, 10)).float(), gaussian(2, 5, 9, seed=0).float()
+    module.backend = "triton"
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x))
+
+
+def test_autocast_and_dropout():
+    module, x = mlp((9, 13, 10), dropout=0.5).float(), gaussian(2, 5, 9, seed=0).float()
+    module.backend = "triton"
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    assert 0.2 < (y == 0).float().mean() < 0.8
+    assert (module.eval()(x) != 0).all()
+
+
+def test_the_counted_flops_are_those_of_the_layers_and_of_computing_again():
+    module, x = mlp((9, 13, 10)).float(), gaussian(2, 5, 9, seed=0).float().requires_grad_()
+
+    def flops(backend: str) -> tuple[int, int]:
+        module.backend = backend
+        with FlopCounterMode(display=False) as counter:
+            y = module(x)
+            forward = counter.get_total_flops()
+            y.sum().backward()
+        return forward, counter.get_total_flops() - forward
+
+    (forward, backward), (wanted, wanted_backward) = flops("triton"), flops("torch")
+    tiles = 2 * 2  # rows of tiles
+    again = tiles * 3 * 16 * 16 + tiles * 4 * 16 * (16 + 24)  # encode of x; decode and encode between the layers
+    assert forward == wanted
+    assert backward == wanted_backward + 2 * again
+
+
+def test_the_hidden_activations_are_not_kept():
+    module, x = mlp((8, 64, 8), (PAIRS[0][0], (4, 16, "hadamard"))).float(), gaussian(2, 8, 8, seed=0).float()
+    module.backend = "triton"
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t
+    ):
+        module(x)
+    parameters = {tensor.data_ptr() for tensor in module.parameters()}
+    activations = sum(size for place, size in kept.items() if place not in parameters)
+    assert activations == 2 * 8 * (8 + 64 + 8)  # x, and the channels of either layer
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 5, 8), torch.zeros(2, 5, 9).long(), torch.zeros(2, 5, 9).half()])
+def test_bad_input_gets_the_errors_of_the_layer(x):
+    module, messages = mlp((9, 13, 10)).float(), []
+    for backend in ("torch", "triton"):
+        module.backend = backend
+        with pytest.raises(SettingError) as caught:
+            module(x.to(DEVICE))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] or "no dtype" in messages[1]
+    assert "\n" not in messages[1]

@@ -1,0 +1,141 @@
+"""`STLMLP` without kernels, and which modules `fuse_mlps` takes for one."""
+
+from collections import OrderedDict
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import GluMlp, Mlp
+from torch import Tensor, nn
+
+import models  # noqa: F401  timm knows them from here on
+from stl import STLMLP, SettingError, STLLinear, convert, count_flops, fuse_mlps
+
+stl = partial(STLLinear, tile=2, rank=4)
+
+
+class Functional(nn.Module):
+    """By functions, and under other names."""
+
+    def __init__(self, activation) -> None:
+        super().__init__()
+        self.up, self.down, self.activation = stl(6, 8), stl(8, 6), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+class Residual(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Twice(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.activation(self.up(x))
+        return self.down(hidden) + hidden.sum()
+
+
+class Depends(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def sequential(*steps: nn.Module) -> nn.Module:
+    return nn.Sequential(stl(6, 8), *steps, stl(8, 6))
+
+
+CHAINS = {
+    "gelu": sequential(nn.GELU()),
+    "tanh": sequential(nn.GELU(approximate="tanh")),
+    "relu, no dropout": sequential(nn.ReLU(), nn.Dropout(0.0), nn.Identity()),
+    "silu, then dropout": nn.Sequential(stl(6, 8), nn.SiLU(), stl(8, 6), nn.Dropout(0.3)),
+    "named": nn.Sequential(OrderedDict(a=stl(6, 8), b=nn.GELU(), c=stl(8, 6))),
+    "function": Functional(F.gelu),
+    "function, relu": Functional(torch.relu),
+}
+
+
+def timm_mlp(kind: type[nn.Module], **settings) -> nn.Module:
+    module = kind(6, 8, **settings)
+    convert(module, tile=2, rank=4)
+    return module
+
+
+OTHERS = {
+    "residual": Residual(F.gelu),
+    "hidden used twice": Twice(F.gelu),
+    "depends on numbers": Depends(F.gelu),
+    "dropout in between": sequential(nn.GELU(), nn.Dropout(0.1)),
+    "norm in between": sequential(nn.GELU(), nn.LayerNorm(8)),
+    "another activation": sequential(nn.Tanh()),
+    "two activations": sequential(nn.GELU(), nn.ReLU()),
+    "no activation": sequential(),
+    "activation behind": nn.Sequential(stl(6, 8), stl(8, 6), nn.GELU()),
+    "another tile": nn.Sequential(stl(6, 8), nn.GELU(), STLLinear(8, 6, tile=4, rank=16)),
+    "another row axis": nn.Sequential(stl(6, 8), nn.GELU(), stl(8, 6, row_axis="batch")),
+    "three layers": nn.Sequential(stl(6, 8), nn.GELU(), stl(8, 6), nn.GELU(), stl(6, 6)),
+    "one layer": nn.Sequential(stl(6, 8), nn.GELU(), nn.Linear(8, 6)),
+    "gated": timm_mlp(GluMlp),
+}
+
+
+@pytest.mark.parametrize("module", [*CHAINS.values(), timm_mlp(Mlp), timm_mlp(Mlp, act_layer=nn.SiLU)])
+def test_a_chain_of_two_layers_is_found_and_stays_what_it_was(module):
+    model = nn.Sequential(nn.LayerNorm(6), module).eval()
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    wanted, names = model(x), list(model.state_dict())
+    assert fuse_mlps(model) == ["1"]
+    assert isinstance(model[1], STLMLP)
+    assert not model[1].training
+    assert torch.equal(model(x), wanted)
+    assert list(model.state_dict()) == names
+    assert fuse_mlps(model) == []
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_whatever_else_is_left_alone(name):
+    model = nn.Sequential(OTHERS[name])
+    assert fuse_mlps(model) == []
+    assert model[0] is OTHERS[name]
+
+
+def test_dropout_behind_the_layers_stays():
+    model = nn.Sequential(nn.Sequential(stl(6, 8), nn.GELU(), stl(8, 6), nn.Dropout(0.5)))
+    fuse_mlps(model)
+    assert model[0].dropout == 0.5
+    assert (model(torch.ones(4, 5, 6)) == 0).any()
+    assert (model.eval()(torch.ones(4, 5, 6)) != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: timm.create_model("t2t_vit_tiny"), 5),
+        (lambda: timm.create_model("deit_tiny_patch16_224", img_size=32, patch_size=8, depth=2), 2),
+    ],
+)
+def test_every_mlp_of_a_vision_transformer(make, found):
+    model = make().eval()
+    convert(model, rank=16)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    wanted, report, names = model(x), count_flops(model, (3, 32, 32)), list(model.state_dict())
+    assert len(fuse_mlps(model)) == found
+    assert torch.equal(model(x), wanted)
+    assert count_flops(model, (3, 32, 32)) == report
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("first", "activation", "second", "said"),
+    [
+        (stl(6, 8), "tanh", stl(8, 6), "activation='tanh' is unknown; choose one of gelu, gelu_tanh, relu, silu"),
+        (stl(6, 8), "gelu", stl(9, 6), "sizes, tiles and row axes must agree"),
+        (stl(6, 8), "gelu", STLLinear(8, 6), "sizes, tiles and row axes must agree"),
+    ],
+)
+def test_layers_that_do_not_fit_get_one_line(first, activation, second, said):
+    with pytest.raises(SettingError, match=said):
+        STLMLP(first, activation, second)
