@@ -1,0 +1,113 @@
+"""The file of bases that a search writes and the family `als` reads: JSON, floats in full, a row of a matrix a line."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stl.basis import Basis
+from stl.errors import SettingError
+
+ROLES = ("encode_x", "encode_w", "decode")
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A basis of the table, its error and S as the file says them, and how it was found."""
+
+    basis: Basis
+    error: float
+    amplification: float
+    provenance: dict[str, Any]
+
+
+Table = dict[tuple[int, int], Entry]  # by (tile, rank)
+
+
+def read_entry(row: Any, where: str) -> Entry:
+    """Raises SettingError, which begins with `where`, if a field is missing or of another kind, a matrix has another
+    shape or a value that is not finite, or error and S are not those of the matrices."""
+    if not isinstance(row, dict):
+        raise SettingError(f"{where} is not an object with tile, rank, error, amplification, provenance and matrices")
+    for key, kind in (("tile", int), ("rank", int), ("error", float), ("amplification", float), ("provenance", dict)):
+        if isinstance(row.get(key), bool) or not isinstance(row.get(key), (int, float) if kind is float else kind):
+            raise SettingError(f"{where}: {key}={row.get(key)!r} is missing or wrong; find it again")
+    tile, rank = row["tile"], row["rank"]
+    check_size(tile, rank, f"{where}: ")
+    where = f"{where}, tile={tile} rank={rank}"
+    matrices = []
+    for role in ROLES:
+        try:
+            matrices.append(torch.tensor(row[role], dtype=torch.float64))
+        except (KeyError, TypeError, ValueError):
+            raise SettingError(f"{where}: {role} is not {rank} rows of {tile**2} numbers; find it again") from None
+    try:
+        basis = Basis("als", tile, rank, *matrices)
+    except SettingError as error:
+        raise SettingError(f"{where}: {error}") from None
+    for key in ("error", "amplification"):
+        said, is_ = row[key], getattr(basis, key)
+        if not abs(said - is_) <= 1e-9 * abs(is_) + 1e-20:
+            raise SettingError(f"{where}: {key} is said to be {said!r} and is {is_!r}; the matrices were changed")
+    return Entry(basis, row["error"], row["amplification"], row["provenance"])
+
+
+def check_size(tile: int, rank: int, where: str = "") -> None:
+    """Raises SettingError where no decomposition of this rank can be wanted."""
+    if tile < 1:
+        raise SettingError(f"{where}tile={tile} must be a positive whole number")
+    if not 1 <= rank <= tile**3:
+        raise SettingError(
+            f"{where}rank={rank} must lie between 1 and t³ = {tile**3}, at which tile={tile} is plain multiplication"
+        )
+
+
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a table's file as they stand there; raises SettingError if it is not one."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise SettingError(f"the table of bases {str(path)!r} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise SettingError(f"the table of bases {str(path)!r} is no JSON: {error}") from None
+    rows = content.get("bases") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise SettingError(f'the table of bases {str(path)!r} has no list "bases"; find_bases.py writes one')
+    return rows
+
+
+def read_table(path: Path) -> Table:
+    """All bases of a table, verified; raises SettingError if anything in it is wrong, or a size stands there twice."""
+    table: Table = {}
+    for i, row in enumerate(read_rows(path)):
+        entry = read_entry(row, f"{str(path)!r}, basis {i}")
+        size = entry.basis.tile, entry.basis.rank
+        if size in table:
+            raise SettingError(f"{str(path)!r} has tile={size[0]} rank={size[1]} twice; remove one")
+        table[size] = entry
+    return table
+
+
+def entry_of(basis: Basis, provenance: dict[str, Any]) -> Entry:
+    return Entry(basis, basis.error, basis.amplification, provenance)
+
+
+def write_table(path: Path, table: Table, about: str) -> None:
+    """Under its name only when it is whole. The same bases give the same bytes."""
+    rows = []
+    for _, entry in sorted(table.items()):
+        basis = entry.basis
+        head: dict[str, Any] = {"tile": basis.tile, "rank": basis.rank, "error": entry.error}
+        head |= {"amplification": entry.amplification, "provenance": entry.provenance}
+        fields = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        for role in ROLES:
+            lines = ",\n".join(json.dumps(line) for line in getattr(basis, role).tolist())
+            fields.append(f'"{role}": [\n{lines}]')
+        rows.append("{" + ",\n".join(fields) + "}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(f'{{"about": {json.dumps(about)},\n"bases": [\n' + ",\n".join(rows) + "\n]}\n")
+    os.replace(temporary, path)
