@@ -21,9 +21,7 @@ def build_model(
     from scratch, or from their trained weights with pretrained=True.
     `settings` go to the model. Raises SettingError for an unknown name or setting.
     """
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=4) or timm.list_models(module="t2t_vit")
-        raise SettingError(f"model.name={name!r} is unknown; close to it: {', '.join(close)}")
+    check_name(name)
     settings |= {"num_classes": num_classes}
     if timm.model_entrypoint(name).__module__.startswith(f"{models.__name__}."):
         return _create(name, img_size=img_size, linear=linear, **settings)
@@ -36,6 +34,13 @@ def build_model(
     elif linear is not nn.Linear and getattr(linear, "func", None) is not nn.Linear:
         raise SettingError(f"model.name={name!r} is timm's own and takes linear=dense or linear=stl only")
     return model
+
+
+def check_name(name: str) -> None:
+    """Raises SettingError where timm knows no such model."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=4) or timm.list_models(module="t2t_vit")
+        raise SettingError(f"model.name={name!r} is unknown; close to it: {', '.join(close)}")
 
 
 def _create(name: str, **settings: Any) -> nn.Module:

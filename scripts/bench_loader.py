@@ -26,9 +26,9 @@ import PIL
 import timm
 import torch
 import torchvision
+from benchmarking import machine
 from omegaconf import OmegaConf
 from PIL import Image, features
-from throughput import machine
 from torch.utils.data import ConcatDataset
 from torchvision.io import ImageReadMode, decode_jpeg
 

@@ -5,46 +5,28 @@
     python scripts/bench_ops.py --device cpu --dtype float32 --shapes 1024,2048,2048 1024,4096,4096 --ranks 16
 
 A shape n,k,m is a layer of k → m features on n rows. Every method is checked before it is timed, against the reference
-in higher precision; one that is wrong has no time. Methods take turns, so that a machine that slows down slows all of
-them. The file is rewritten after every shape.
+in higher precision, with --backward all its gradients as well. The file is rewritten after every shape.
 """
 
 import argparse
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from throughput import machine, synchronize
+from benchmarking import Method, add_options, begin, describe, measure, one_pass, parse_sizes, relative_error, run_main
 from torch import Tensor
 
 from models.callbacks import write_json
-from stl import SettingError, get_basis, stl_linear
-from stl.functional import BACKENDS, encode_weight
+from stl import get_basis, stl_linear
+from stl.functional import encode_weight
 
 SHAPES = ["51200,384,1152", "51200,768,3072", "16384,2048,5632", "16384,4096,4096", "16384,4096,11008"]
 SHAPES += ["16384,8192,8192", "16384,16384,16384"]
 EXACT = {48: "exact48", 49: "strassen"}  # ranks at which the basis multiplies exactly; the others are frames
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative, of the whole output
 FIRST = 1024  # rows that are compared with float64
-ROUNDS, SECONDS = 5, 0.05  # turns, and how long a method is repeated in each
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way of computing the layer, beside what it must give and the work that it cannot avoid."""
-
-    name: str
-    run: Callable[[], Tensor]
-    wanted: Callable[[], Tensor]  # the same in higher precision
-    macs: int
-    numbers: int  # read and written, each once
 
 
 @dataclass(frozen=True)
@@ -55,13 +37,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        try:
-            n, k, m = (int(size) for size in text.split(","))
-            if min(n, k, m) < 1:
-                raise ValueError
-        except ValueError:
-            raise SettingError(f"--shapes {text} must be n,k,m: three positive numbers") from None
-        return cls(n, k, m)
+        return cls(*parse_sizes("--shapes", text, "n,k,m"))
 
 
 def operands(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,25 +59,16 @@ def methods(
     gradient = torch.randn_like(x[:, :1]) * torch.randn_like(bias)
     wide = torch.float64 if dtype == torch.float32 else torch.float32
 
-    def layer(function: Callable[..., Tensor], *weights: Tensor) -> Callable[[], Tensor]:
-        """The call that is timed: the output, or after the backward pass the gradient of x."""
+    def layer(function: Callable[..., Tensor], *weights: Tensor) -> Callable[[], tuple[Tensor, ...]]:
         leaves = [tensor.detach().clone().requires_grad_(backward) for tensor in (x, *weights)]
+        return one_pass(function, leaves, leaves, gradient if backward else None)
 
-        def run() -> Tensor:
-            if not backward:
-                with torch.no_grad():
-                    return function(*leaves)
-            return torch.autograd.grad(function(*leaves), leaves, gradient)[0]
+    def exactly(function: Callable[..., Tensor], *weights: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """The same in higher precision, in memory only while it is computed."""
 
-        return run
-
-    def exactly(function: Callable[..., Tensor], *weights: Tensor) -> Callable[[], Tensor]:
-        """The same in higher precision."""
-
-        def run() -> Tensor:
+        def run() -> tuple[Tensor, ...]:
             leaves = [tensor.to(wide).requires_grad_(backward) for tensor in (x, *weights)]
-            y = function(*leaves)
-            return torch.autograd.grad(y, leaves[0], gradient.to(wide))[0] if backward else y
+            return one_pass(function, leaves, leaves, gradient.to(wide) if backward else None)()
 
         return run
 
@@ -124,7 +91,9 @@ def methods(
             function = partial(stl_linear, out_features=m, backend=backend)
             wanted = exactly(partial(stl_linear, out_features=m, backend="torch"), weight, *matrices, bias)
             run = layer(function, weight, *matrices, bias)
-            yield Method(f"stl r={rank}, {backend}", run, wanted, macs, sizes + passes * weight.numel())
+            numbers = sizes + passes * weight.numel()
+            facts = {"rank": rank, "backend": backend, "encoded_bytes": tiles * weight.shape[1] * rank * dtype.itemsize}
+            yield Method(f"stl r={rank}, {backend}", run, wanted, macs, numbers, facts)
 
 
 def sparse(x: Tensor, w: Tensor, bias: Tensor) -> Method:
@@ -135,148 +104,39 @@ def sparse(x: Tensor, w: Tensor, bias: Tensor) -> Method:
     compressed = torch._cslt_compress(pruned)
     best = torch._cslt_sparse_mm_search(compressed, x.T, bias, transpose_result=True)
 
-    def run() -> Tensor:
-        return torch._cslt_sparse_mm(compressed, x.T, bias, alg_id=best, transpose_result=True).T
+    def run() -> tuple[Tensor, ...]:
+        return (torch._cslt_sparse_mm(compressed, x.T, bias, alg_id=best, transpose_result=True).T,)
 
-    def wanted() -> Tensor:
-        return F.linear(x.float(), pruned.float(), bias.float())
+    def wanted() -> tuple[Tensor, ...]:
+        return (F.linear(x.float(), pruned.float(), bias.float()),)
 
     return Method(
         "2:4, cuSPARSELt", run, wanted, x.shape[0] * w.numel() // 2, x.numel() + x.shape[0] * len(w) + w.numel()
     )
 
 
-# --- measuring ---------------------------------------------------------------------------------------------------
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    return ((got.to(wanted.dtype) - wanted).norm() / wanted.norm()).item()
-
-
-def repeatable(run: Callable[[], Tensor], device: str) -> Callable[[], object]:
-    """The call as a CUDA graph, so that no method is measured by what the CPU needs to launch it; on a CPU, itself."""
-    if device == "cpu":
-        return run
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return kept  # holds the graph's memory
-
-    return replay
-
-
-def seconds_a_call(run: Callable[[], object], device: str) -> float:
-    """Mean over as many calls as fit into SECONDS."""
-
-    def timed(calls: int) -> float:
-        synchronize(torch.device(device))
-        began = time.perf_counter()
-        for _ in range(calls):
-            run()
-        synchronize(torch.device(device))
-        return (time.perf_counter() - began) / calls
-
-    return timed(max(1, round(SECONDS / timed(1))))
-
-
-def take_turns(runs: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
-    """The median seconds of each over ROUNDS turns, behind one that warms up."""
-    turns = [{name: seconds_a_call(run, device) for name, run in runs.items()} for _ in range(1 + ROUNDS)]
-    return {name: statistics.median(turn[name] for turn in turns[1:]) for name in runs}
-
-
-def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes a second of a copy, read and written, and FLOP/s of a large dense product on this machine."""
-    size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randn(8 * size, size, device=device, dtype=dtype)
-    target = torch.empty_like(source)
-    seconds = take_turns({"copy": lambda: target.copy_(source), "gemm": lambda: a @ b}, device)
-    return {
-        "bytes_per_second": 2 * source.nbytes / seconds["copy"],
-        "flops_per_second": 2 * size**3 / seconds["gemm"],
-    }
-
-
-def measure(
-    shape: Shape, candidates: Iterable[Method], top: dict[str, float], exact: Tensor | None
-) -> list[dict[str, Any]]:
-    """The rows of one shape: the error of each method against itself in higher precision, and against `exact`, the
-    dense product; where the former is small, seconds, the ratio to the dense layer and the most that this could be."""
-    rows: list[dict[str, Any]] = []
-    runs = {}
-    for method in candidates:
-        got = method.run()
-        device, dtype = got.device.type, got.dtype
-        error = relative_error(got, method.wanted())
-        row = {**vars(shape), "method": method.name, "macs": method.macs, "error": error}
-        if exact is not None:
-            row["product_error"] = relative_error(got[:FIRST], exact)
-        row["bound_seconds"] = max(
-            method.numbers * dtype.itemsize / top["bytes_per_second"], 2 * method.macs / top["flops_per_second"]
-        )
-        rows.append(row)
-        if error <= TOLERANCE[dtype]:  # false for NaN as well
-            runs[method.name] = repeatable(method.run, device)
-    seconds = take_turns(runs, device)
-    for row in rows:
-        if row["method"] in seconds:
-            row["seconds"] = seconds[row["method"]]
-            row["ratio"] = seconds["dense"] / row["seconds"]
-            row["bound_ratio"] = seconds["dense"] / row["bound_seconds"]
-    return rows
-
-
-def describe(row: dict[str, Any]) -> str:
-    head = f"{row['n']:6} {row['k']:6} {row['m']:6}  {row['method']:22} error {row['error']:.1e}"
-    if "product_error" in row:
-        head += f", of the product {row['product_error']:.1e}"
-    if "seconds" not in row:
-        return f"{head}  WRONG, not timed"
-    return f"{head}  {row['seconds'] * 1e3:9.3f} ms  {row['ratio']:5.2f}× dense (bound {row['bound_ratio']:.2f}×)"
+def product_error(exact: Tensor, y: Tensor) -> dict[str, Any]:
+    """How far the first rows are from the dense product."""
+    return {"product_error": relative_error([y[:FIRST]], [exact])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,K,M")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 24, 32, 48, 49])
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["auto"])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--backward", action="store_true", help="forward and backward pass, all gradients")
-    parser.add_argument("--out", type=Path, default=Path("results/ops.json"))
+    add_options(parser, [16, 24, 32, 48, 49], ["auto"], "results/ops.json")
     arguments = parser.parse_args()
-    device, dtype = arguments.device, getattr(torch, arguments.dtype)
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: there is no GPU; --device cpu measures the CPU")
     shapes = [Shape.parse(text) for text in arguments.shapes]
-    result: dict[str, Any] = {
-        "machine": machine() | {"device": device, "dtype": arguments.dtype, "threads": torch.get_num_threads()},
-        "pass": "forward and backward" if arguments.backward else "forward",
-        "ceilings": ceilings(device, dtype),
-        "rows": [],
-    }
+    result = begin(arguments) | {"pass": "forward and backward" if arguments.backward else "forward"}
     for shape in shapes:
-        inputs = operands(shape, device, dtype)
+        inputs = operands(shape, arguments.device, getattr(torch, arguments.dtype))
         candidates = methods(*inputs, arguments.ranks, arguments.backends, arguments.backward)
-        exact = None if arguments.backward else product(*inputs)
-        for row in measure(shape, candidates, result["ceilings"], exact):
+        more = partial(product_error, product(*inputs))
+        for row in measure(vars(shape), candidates, result["ceilings"], more):
             result["rows"].append(row)
-            print(describe(row), flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            print(describe(f"{shape.n:6} {shape.k:6} {shape.m:6}", row), flush=True)
         write_json(arguments.out, result)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SettingError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

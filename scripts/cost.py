@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
+from tables import origin, table
 
 from models.callbacks import write_json
 
@@ -112,13 +113,6 @@ def full_load(loader: dict[str, Any]) -> dict[str, Any]:
     return max(rows, key=lambda row: (row["workers"], row["images_per_second"]))
 
 
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    names = list(columns)
-    return "\n".join(
-        [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}", *(f"| {' | '.join(row)} |" for row in rows)]
-    )
-
-
 def cost_cells(entry: dict[str, Any]) -> tuple[str, ...]:
     names = (entry["model"], entry["linear"])
     if "hours" not in entry:
@@ -143,14 +137,6 @@ def loader_cells(measured: dict[str, Any], load: dict[str, Any]) -> tuple[str, .
     cores = math.ceil(model / load["images_per_second_per_core"])
     rates = (f"{model:,.0f}", f"{loaded:,.0f}", f"{loaded / model:.2f}")
     return measured["model"], measured["linear"], *rates, str(cores)
-
-
-def origin(facts: dict[str, Any]) -> str:
-    """Where a file's numbers come from."""
-    commit = (facts["git_commit"] or "unknown")[:12]
-    words = [facts.get("gpu"), facts.get("cpu"), facts["date"][:10], f"commit {commit}"]
-    words += [f"{name} {number}" for name, number in facts["versions"].items()]
-    return ", ".join(word for word in words if word)
 
 
 def report(entries: list[dict[str, Any]], results: dict[str, Any], loader: dict[str, Any] | None, price: float) -> str:
@@ -198,6 +184,9 @@ def main() -> None:
         loader = json.loads(arguments.loader.read_text()) if arguments.loader else None
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}; give a file that throughput.py or, with --loader, bench_loader.py wrote")
+    results["models"] = [
+        row for row in results["models"] if "training_images_per_second" in row
+    ]  # the others are wrong
     entries = []
     for row in with_measured(paper_rows(), results["models"]):
         for gpus in arguments.gpus:

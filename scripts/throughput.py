@@ -9,11 +9,9 @@ row, and models that it has are not measured again: a stopped program goes on.
 """
 
 import argparse
+import copy
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,17 +27,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from benchmarking import machine, relative_error, set_backend, synchronize
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from models.build import build_model
-from models.callbacks import git_commit, write_json
+from models.callbacks import write_json
 from models.compiling import MODES, compile_model
 from models.sharding import shard
 from models.t2t_vit import VARIANTS
-from stl import STLLinear
+from stl import STLLinear, fuse_mlps
 
+CHECKED = 8  # images whose gradients are
+ALLOWED = 2  # times the error of the same model in bf16 by plain PyTorch
 STRATEGIES = ("ddp", "fsdp2")
 SAME = ("gpu", "driver", "versions", "git_commit", "compile")  # what rows of one file have in common
 
@@ -53,6 +54,8 @@ class Case:
     batch_size: int  # images on each device
     devices: int = 1
     strategy: str | None = None  # with several devices, one of STRATEGIES
+    backend: str = "auto"  # of the STL layers
+    fused: bool = False  # whether the two layers of an MLP are one STLMLP
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def linears(ranks: list[int]) -> dict[str, Callable[..., nn.Module]]:
 
 def measure(case: Case, linear: Callable[..., nn.Module], how: How) -> dict[str, float]:
     """Images a second over all devices of a whole training step (AdamW included); the step's peak memory in GiB on the
-    first device; on one device also images a second of inference. Each device has a process of its own."""
+    first device; on one device also images a second of inference, and errors, which are all that a model has that is
+    wrong. Each device has a process of its own."""
     with TemporaryDirectory() as folder:
         set_forkserver_preload(["timm", "models.build"])  # the imports, once for all rows
         torch.multiprocessing.start_processes(
@@ -108,13 +112,17 @@ def _rates(case: Case, linear: Callable[..., nn.Module], how: How, device: torch
     model = build_model(case.model, num_classes=1000, img_size=how.image_size, linear=linear).to(device)
     images = torch.randn(case.batch_size, 3, how.image_size, how.image_size, device=device)
     labels = torch.randint(1000, (case.batch_size,), device=device)
+    reference = copy.deepcopy(model)
+    arrange(model, case)
+    rates: dict[str, float] = {}
+    if case.devices == 1:
+        rates |= errors("gradient_error", gradients, model, reference, images[:CHECKED])  # while it is not compiled
     compiled = parallel(model, case.strategy, how.compile_mode, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def infer() -> None:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
-            compiled(images)
+        logits(compiled, images, torch.bfloat16)
 
     def train() -> None:
         with torch.autocast(device.type, torch.bfloat16):
@@ -123,11 +131,14 @@ def _rates(case: Case, linear: Callable[..., nn.Module], how: How, device: torch
         optimizer.step()
         optimizer.zero_grad()
 
-    rates = {}
     if case.devices == 1:
+        rates |= errors("error", logits, compiled, reference, images)  # of what is timed, with as many images
+        if not is_right(rates):
+            return rates
         model.eval()
         rates["inference_images_per_second"] = case.batch_size / seconds_a_call(infer, how, device)
         model.train()
+    del reference  # takes no part in the peak
     train()  # the optimizer has its state from here on
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -135,6 +146,48 @@ def _rates(case: Case, linear: Callable[..., nn.Module], how: How, device: torch
     if device.type == "cuda":
         rates["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return rates
+
+
+def arrange(model: nn.Module, case: Case) -> None:
+    """Fuse and compute what the case says, in place."""
+    if case.fused:
+        fuse_mlps(model)
+    set_backend(model, case.backend)
+
+
+Computation = Callable[[nn.Module, torch.Tensor, torch.dtype | None], torch.Tensor]
+
+
+def logits(model: nn.Module, images: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """(images, classes), under autocast to this dtype."""
+    with torch.inference_mode(), torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        return model(images)
+
+
+def gradients(model: nn.Module, images: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Those of all weights, one behind the other, for the mean square of the logits."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        loss = model(images).float().square().mean()
+    weights = [weight for _, weight in sorted(model.named_parameters()) if weight.requires_grad]
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, weights)])
+
+
+def errors(
+    name: str, compute: Computation, model: nn.Module, reference: nn.Module, images: torch.Tensor
+) -> dict[str, float]:
+    """Relative errors in bf16 against the reference in float32, without dropout: the model's, under this name, and what
+    the reference itself has, under plain_ and this name. The reference is by plain PyTorch and not compiled."""
+    set_backend(reference, "torch")
+    wanted = compute(reference.eval(), images, None)
+    plain = compute(reference, images, torch.bfloat16)
+    got = compute(model.eval(), images, torch.bfloat16)
+    model.train()
+    return {name: relative_error([got], [wanted]), f"plain_{name}": relative_error([plain], [wanted])}
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    """Whether all its errors are about those of plain bf16; not where one is NaN."""
+    return all(row[name] <= ALLOWED * row[f"plain_{name}"] for name in ("error", "gradient_error"))
 
 
 def parallel(model: nn.Module, strategy: str | None, compile_mode: str | None, device: torch.device) -> nn.Module:
@@ -166,39 +219,6 @@ def seconds_a_call(run: Callable[[], None], how: How, device: torch.device) -> f
     return statistics.median(slowest.tolist())
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def machine() -> dict[str, Any]:
-    """What a reader needs to know of where the numbers come from."""
-    gpu = driver = None
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    return {
-        "gpu": gpu,
-        "driver": driver,
-        "cpu": cpu(),
-        "cpu_cores": len(os.sched_getaffinity(0)),  # those that this process may use
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-    }
-
-
-def cpu() -> str:
-    """The processor's name, as Linux has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def read_rows(path: Path, here: dict[str, Any]) -> dict[Case, dict[str, Any]]:
     """The rows of a file that this machine and this code wrote; exits where another did."""
     if not path.exists():
@@ -217,10 +237,17 @@ def read_rows(path: Path, here: dict[str, Any]) -> dict[Case, dict[str, Any]]:
 
 
 def describe(row: dict[str, Any]) -> str:
-    words = [f"{row['model']:12} {row['linear']:12} × {row['devices']} {row['strategy'] or '':5}"]
-    if "inference_images_per_second" in row:
-        words.append(f"inference {row['inference_images_per_second']:.0f} images/s")
-    words.append(f"training {row['training_images_per_second']:.0f} images/s")
+    words = [f"{row['model']:22} {row['linear']:12} {row['backend']:6} {'fused' if row['fused'] else '':5}"]
+    words[0] += f" × {row['devices']} {row['strategy'] or '':5}"
+    if "error" in row:
+        words += [f"{name.replace('_', ' ')} {row[name]:.1e}" for name in ("error", "gradient_error")]
+    if "training_images_per_second" not in row:
+        return "   ".join([*words, "WRONG, not timed"])
+    for name in ("inference", "training"):
+        if f"{name}_images_per_second" in row:
+            words.append(f"{name} {row[f'{name}_images_per_second']:.0f} images/s")
+        if f"{name}_ratio" in row:
+            words.append(f"{row[f'{name}_ratio']:.2f}× dense")
     if "scaling_efficiency" in row:
         words.append(f"scaling efficiency {row['scaling_efficiency']:.3f}")
     if "peak_memory_gib" in row:
@@ -228,21 +255,31 @@ def describe(row: dict[str, Any]) -> str:
     return "   ".join(words)
 
 
+def compared(row: dict[str, Any], first: dict[str, Any]) -> dict[str, float]:
+    """How a row compares with the first of its group: scaling efficiency where that has the same layers on one device,
+    ratios where that has others on as many."""
+    rates = [f"{name}_images_per_second" for name in ("inference", "training")]
+    both = {rate: row[rate] / first[rate] for rate in rates if rate in row and rate in first}
+    if row["devices"] != first["devices"]:
+        return {"scaling_efficiency": both[rates[1]] / row["devices"]} if rates[1] in both else {}
+    if row["linear"] == first["linear"]:
+        return {}
+    return {rate.replace("images_per_second", "ratio"): ratio for rate, ratio in both.items()}
+
+
 def measure_all(cases: list[list[Case]], ranks: list[int], how: How, out: Path, here: dict[str, Any]) -> None:
-    """Measure what the file lacks. Each group of cases begins with the one on one device, and where one of the group is
-    missing the whole is measured: scaling efficiency compares numbers of one call."""
+    """Measure what the file lacks. Each group of cases begins with the one that the others are compared with, and where
+    one of the group is missing the whole is measured: what is compared are numbers of one call."""
     rows = read_rows(out, here)
     for group in cases:
         if all(case in rows for case in group):
             continue
-        single = None
+        first: dict[str, Any] = {}
         for case in group:
             row: dict[str, Any] = {**vars(case), "date": datetime.now(UTC).isoformat(timespec="seconds")}
             row |= measure(case, linears(ranks)[case.linear], how)
-            rate = row["training_images_per_second"]
-            single = single or rate
-            if case.devices > 1:
-                row["scaling_efficiency"] = rate / (case.devices * single)
+            first = first or row
+            row |= compared(row, first)
             rows[case] = row
             write_json(out, {"machine": here, "models": list(rows.values())})
             print(describe(row), flush=True)

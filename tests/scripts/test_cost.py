@@ -132,6 +132,12 @@ def test_another_efficiency_is_named(tmp_path, monkeypatch, capsys):
     assert "A scaling efficiency of 0.9 is assumed" in capsys.readouterr().out
 
 
+def test_what_was_measured_and_is_wrong_counts_as_not_run(tmp_path, monkeypatch, capsys):
+    wrong = {"model": "t2t_vit_7", "linear": "dense", "batch_size": 256, "error": 1.0}
+    run(monkeypatch, tmp_path, "--price", 2, "--loader", tmp_path / "loader.json", models=[wrong])
+    assert "| t2t_vit_7 | dense | not run | –" in capsys.readouterr().out
+
+
 def test_the_price_has_no_default(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path)

@@ -23,8 +23,35 @@ def test_one_device(linear, tmp_path):
     case = Case("t2t_vit_tiny", linear, 2)
     throughput._process(0, case, throughput.linears([16])[linear], QUICK, tmp_path)
     rates = json.loads((tmp_path / "rates.json").read_text())
-    assert set(rates) == {"inference_images_per_second", "training_images_per_second"}
+    errors = {f"{plain}{name}" for plain in ("", "plain_") for name in ("error", "gradient_error")}
+    assert set(rates) == {"inference_images_per_second", "training_images_per_second"} | errors
     assert min(rates.values()) > 0
+    assert max(rates[name] for name in errors) < 0.05
+
+
+def test_a_fused_model_computes_the_same():
+    case = Case("t2t_vit_tiny", "stl t=4 r=16", 2, backend="torch", fused=True)
+    rates = throughput._rates(case, throughput.linears([16])[case.linear], QUICK, torch.device("cpu"))
+    assert rates["error"] == rates["plain_error"]
+    assert rates["gradient_error"] == pytest.approx(rates["plain_gradient_error"])
+
+
+def test_what_is_wrong_has_no_rate(monkeypatch):
+    def disturbed(model, case):
+        model.blocks[0].mlp.fc1.bias.data += 1
+
+    monkeypatch.setattr(throughput, "arrange", disturbed)
+    rates = throughput._rates(SINGLE, torch.nn.Linear, QUICK, torch.device("cpu"))
+    assert set(rates) == {"error", "plain_error", "gradient_error", "plain_gradient_error"}
+    assert rates["error"] > 0.05
+    assert throughput.describe({**vars(SINGLE), **rates}).endswith("WRONG, not timed")
+
+
+@pytest.mark.parametrize(("error", "gradient", "right"), [(2, 2, True), (2.1, 1, False), (1, 2.1, False)])
+def test_errors_are_held_against_those_of_plain_bf16(error, gradient, right):
+    row = {"error": error, "plain_error": 1, "gradient_error": gradient, "plain_gradient_error": 1}
+    assert throughput.is_right(row) == right
+    assert not throughput.is_right(row | {"error": float("nan")})
 
 
 @pytest.mark.parametrize("strategy", throughput.STRATEGIES)
@@ -70,6 +97,14 @@ def test_efficiency_compares_with_one_device(tmp_path, calls, capsys):
     assert (single["devices"], single["strategy"], "scaling_efficiency" in single) == (1, None, False)
     assert (double["devices"], double["strategy"], double["scaling_efficiency"]) == (2, "ddp", 0.75)
     assert "scaling efficiency 0.750" in capsys.readouterr().out
+
+
+def test_other_layers_are_compared_with_the_first_of_their_group(tmp_path, calls):
+    stl = Case("t2t_vit_tiny", "stl t=4 r=16", 2, backend="triton", fused=True)
+    dense, fused = measure_all(tmp_path / "file.json", [SINGLE, stl])
+    assert "training_ratio" not in dense
+    assert fused["training_ratio"] == 1.0
+    assert (fused["backend"], fused["fused"]) == ("triton", True)
 
 
 def test_rows_that_the_file_has_are_not_measured_again(tmp_path, calls):
@@ -140,10 +175,3 @@ def test_the_command_line(monkeypatch, tmp_path):
 def test_too_few_gpus(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"error: this measures 3 GPU\(s\) and finds 2"):
         run(monkeypatch, tmp_path, "--devices", "3")
-
-
-def test_the_machine_is_described():
-    facts = throughput.machine()
-    assert facts["cpu"]
-    assert facts["cpu_cores"] >= 1
-    assert {*throughput.SAME} - {"compile"} <= set(facts)

@@ -1,0 +1,70 @@
+"""How fast whole models are with STL in all linear layers against dense, compiled, in inference and in training.
+
+    python scripts/bench_models.py --out results/models_h200.json
+    python scripts/bench_models.py --models t2t_vit_14 --ranks 16 24 --backends triton
+
+Measured as throughput.py measures, which see: images a second of inference and of a whole training step, in bf16 with
+CUDA graphs. STL comes by each backend; with the kernels also with its MLPs fused. Each model is checked, logits and
+gradients, against its reference in float32 before it is timed. What the file has is not measured again.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from benchmarking import check_device, machine, run_main
+from throughput import Case, How, measure_all
+
+from models.build import check_name
+from models.compiling import MODES
+from stl import get_basis
+from stl.functional import BACKENDS
+from stl.kernels import use_triton
+
+MODELS = ["t2t_vit_7", "t2t_vit_14", "deit_small_patch16_224", "deit_base_patch16_224"]
+
+
+def group(model: str, ranks: list[int], backends: list[str], batch_size: int) -> list[Case]:
+    """The dense model, and what is compared with it."""
+    cases = [Case(model, "dense", batch_size)]
+    for rank in ranks:
+        for backend in backends:
+            for fused in (False, True)[: 1 if backend == "torch" else 2]:  # the reference computes layer by layer
+                cases.append(Case(model, f"stl t=4 r={rank}", batch_size, backend=backend, fused=fused))
+    return cases
+
+
+def check(models: list[str], ranks: list[int], backends: list[str], device: str) -> None:
+    """Raises SettingError where one of them cannot be: here, since each model is measured in a process of its own."""
+    check_device(device)
+    for model in models:
+        check_name(model)
+    for rank in ranks:
+        get_basis("frame", 4, rank)
+        for backend in backends:
+            use_triton(backend, torch.empty(0, device=device), 4, rank)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS, help="names that timm knows, ours among them")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16])
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["torch", "triton"])
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--image-size", type=int, default=How.image_size)
+    parser.add_argument("--repeats", type=int, default=How.repeats, help="blocks of 10 steps")
+    parser.add_argument("--compile", choices=[*MODES, "none"], default=How.compile_mode)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("results/models.json"))
+    arguments = parser.parse_args()
+    check(arguments.models, arguments.ranks, arguments.backends, arguments.device)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    mode = None if arguments.compile == "none" else arguments.compile
+    how = How(arguments.repeats, image_size=arguments.image_size, compile_mode=mode, device=arguments.device)
+    cases = [group(model, arguments.ranks, arguments.backends, arguments.batch_size) for model in arguments.models]
+    facts = {"precision": "bf16 autocast", "compile": mode, "image_size": how.image_size, "device": arguments.device}
+    measure_all(cases, arguments.ranks, how, arguments.out, machine() | facts)
+
+
+if __name__ == "__main__":
+    run_main(main)

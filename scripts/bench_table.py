@@ -1,0 +1,212 @@
+"""Markdown tables and a plot of what bench_ops.py, bench_blocks.py and bench_models.py wrote, for the README.
+
+    python scripts/bench_table.py results/ops_h200.json results/blocks_h200.json --plot results/speed_h200.png
+
+Tables have a row a shape and a column a method; the method that all are compared with has its time (of models its
+images a second), the others their speed against it and in brackets the most that it could be, by the ceilings that
+the same run measured. "wrong" has failed the check against the reference and was not timed.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from tables import origin, table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+WHAT = {"mlp": "MLP", "attention": "attention block"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one table: shapes × methods."""
+
+    title: str
+    program: str  # that measured them
+    yardstick: str  # name of the method that all are compared with
+    rows: dict[tuple[str, str], Row]  # by shape and method
+
+    @property
+    def shapes(self) -> list[str]:
+        return list(dict.fromkeys(shape for shape, _ in self.rows))
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(method for _, method in self.rows))
+
+    def ratio(self, shape: str, method: str, seconds: str = "seconds") -> float | None:
+        """How many times faster than the yardstick, or with "bound_seconds" could be; None where that is not known."""
+        row, against = self.rows.get((shape, method), {}), self.rows.get((shape, self.yardstick), {})
+        if "seconds" not in row or "seconds" not in against or seconds not in row:
+            return None
+        return against["seconds"] / row[seconds]
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Group]]:
+    """What a file says of its machine, and its tables. Exits where no benchmark wrote it."""
+    try:
+        result = json.loads(path.read_text())
+        groups = list(_groups_of_models(result) if "models" in result else _groups(result))
+        origin(result["machine"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = str(error) if isinstance(error, OSError) else "is not what a benchmark writes"
+        sys.exit(f"error: {path}: {what}; give files of bench_ops.py, bench_blocks.py or bench_models.py")
+    return result["machine"], groups
+
+
+def _groups(result: dict[str, Any]) -> Iterator[Group]:
+    """Of layers or blocks: one for each kind and pass."""
+    tables: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
+    for row in result["rows"]:
+        if "block" in row:
+            inner = "hidden" if "hidden" in row else "heads"
+            key = (f"{WHAT[row['block']]}, {row['pass']}: samples, tokens, width, {inner}", "bench_blocks.py")
+            shape = ", ".join(str(row[name]) for name in ("samples", "tokens", "width", inner))
+        else:
+            key = (f"linear layer, {result['pass']}: n, k, m", "bench_ops.py")
+            shape = ", ".join(str(row[name]) for name in ("n", "k", "m"))
+        tables.setdefault(key, {})[shape, row["method"]] = row
+    for (title, program), rows in tables.items():
+        # A block is compiled where it is to be fast; one layer leaves the compiler nothing to do.
+        compiled = program == "bench_blocks.py" and any(method == "dense, compiled" for _, method in rows)
+        yield Group(title, program, "dense, compiled" if compiled else "dense", rows)
+
+
+def _groups_of_models(result: dict[str, Any]) -> Iterator[Group]:
+    """Of models: one for inference and one for training."""
+    for name in ("inference", "training"):
+        rows = {}
+        for row in result["models"]:
+            if row.get("devices", 1) == 1:
+                words = [row["linear"].replace("stl t=4", "stl")]
+                words += [row["backend"]] if row["linear"] != "dense" and "backend" in row else []
+                words += ["fused"] if row.get("fused") else []
+                rate = row.get(f"{name}_images_per_second")
+                rows[row["model"], ", ".join(words)] = row | ({"seconds": 1 / rate} if rate else {})
+        yield Group(f"{name}, images a second: model", "bench_models.py", "dense", rows)
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def speed(group: Group, shape: str, method: str) -> str:
+    """The cell of a method: what it takes if it is the yardstick, else how it compares."""
+    row = group.rows.get((shape, method))
+    if row is None:
+        return "not run"
+    if "seconds" not in row:
+        return "wrong"
+    if method == group.yardstick:
+        return f"{1 / row['seconds']:,.0f}" if "model" in row else f"{row['seconds'] * 1e3:.3g} ms"
+    ratio, bound = group.ratio(shape, method), group.ratio(shape, method, "bound_seconds")
+    if ratio is None:
+        return f"{group.yardstick} {speed(group, shape, group.yardstick)}"  # nothing to compare with
+    return f"{ratio:.2f}" if bound is None else f"{ratio:.2f} ({bound:.2f})"
+
+
+def memory(group: Group, shape: str, method: str) -> str:
+    """The cell of a method: its peak in MiB, beside how much above the dense peak it is, and of how much it may be."""
+    row, dense = group.rows.get((shape, method)), group.rows.get((shape, "dense"), {})
+    if row is None:
+        return "not run"
+    if "seconds" not in row:
+        return "wrong"
+    if "peak_bytes" not in row:
+        return "–"
+    cell = f"{row['peak_bytes'] / 2**20:,.0f}"
+    if "encoded_bytes" in row and "peak_bytes" in dense:
+        excess = (row["peak_bytes"] - dense["peak_bytes"]) / 2**20
+        cell += f" ({excess:+,.0f} of {row['encoded_bytes'] / 2**20:,.0f})"
+    return cell
+
+
+def markdown(group: Group, cell: Callable[[Group, str, str], str], heading: str) -> str:
+    rows = ([shape, *(cell(group, shape, method) for method in group.methods)] for shape in group.shapes)
+    return table([heading, *group.methods], rows)
+
+
+def section(path: Path, facts: dict[str, Any], groups: list[Group]) -> str:
+    """All that the README says of one file."""
+    parts = []
+    for group in groups:
+        parts.append(markdown(group, speed, group.title))
+        if ("training" in group.title or "backward" in group.title) and any(
+            "peak_bytes" in row for row in group.rows.values()
+        ):
+            parts.append(markdown(group, memory, "peak MiB (above dense, of what the encodes give)"))
+    programs = " and ".join(dict.fromkeys(f"`scripts/{group.program}`" for group in groups))
+    more = ", ".join(str(facts[key]) for key in ("dtype", "precision") if facts.get(key))
+    source = f"[{path.as_posix()}]({path.as_posix()}) by {programs}"
+    return "\n\n".join([*parts, f"<sub>{source}{f', {more}' if more else ''}; {origin(facts)}.</sub>"])
+
+
+# --- plot --------------------------------------------------------------------------------------------------------
+
+
+def width(row: Row) -> float:
+    """Features of a block; of a layer, between its input and its output."""
+    return row["width"] if "width" in row else (row["k"] * row["m"]) ** 0.5
+
+
+def curves(group: Group, rank: int) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """(width, ratio) of the fastest STL of this rank at each width, and (width, bound)."""
+    best: dict[float, tuple[float, float]] = {}
+    for (shape, method), row in group.rows.items():
+        ratio, bound = group.ratio(shape, method), group.ratio(shape, method, "bound_seconds")
+        if row.get("rank") == rank and ratio is not None and bound is not None:
+            best[width(row)] = max(best.get(width(row), (0.0, 0.0)), (ratio, bound))
+    at = sorted(best)
+    return [(x, best[x][0]) for x in at], [(x, best[x][1]) for x in at]
+
+
+def plot(groups: list[Group], path: Path) -> None:
+    """Ratio against width, a panel a group and a curve a rank with its bound. Exits where nothing has both."""
+    panels = []
+    for group in groups:
+        ranks = sorted({row["rank"] for row in group.rows.values() if row.get("rank")})
+        if drawn := {rank: curves(group, rank) for rank in ranks if curves(group, rank)[0]}:
+            panels.append((group, drawn))
+    if not panels:
+        sys.exit("error: --plot needs rows of bench_ops.py or bench_blocks.py that were timed")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (4.2 * columns, 3.4 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    for (group, drawn), panel in zip(panels, axes.flat, strict=False):
+        for index, (rank, (ratios, bounds)) in enumerate(drawn.items()):
+            panel.plot(*zip(*ratios, strict=True), "o-", color=f"C{index}", label=f"r = {rank}")
+            panel.plot(*zip(*bounds, strict=True), ":", color=f"C{index}")
+        panel.axhline(1, color="gray", linewidth=0.8)
+        panel.set_xscale("log", base=2)
+        panel.set_title(group.title.partition(":")[0], fontsize=10)
+        panel.set(xlabel="width", ylabel=f"× {group.yardstick} (dotted: bound)")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    for panel in axes.flat[len(panels) :]:
+        panel.axis("off")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="what the benchmarks wrote")
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    arguments = parser.parse_args()
+    files = {path: read(path) for path in arguments.files}
+    print("\n\n".join(section(path, facts, groups) for path, (facts, groups) in files.items()))
+    if arguments.plot:
+        plot([group for _, groups in files.values() for group in groups], arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

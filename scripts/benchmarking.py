@@ -1,0 +1,272 @@
+"""What the benchmarks share: several ways of computing one thing, each checked before it is timed, taking turns.
+
+A way that is wrong has no time. Turns, so that a machine that slows down slows all of them; CUDA graphs, so that none
+is measured by what the CPU needs to launch it; beside each the bound that the bandwidth and the arithmetic of this
+machine, measured in the same run, set to it.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.callbacks import git_commit
+from stl import STLMLP, SettingError, STLLinear
+from stl.functional import BACKENDS
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative, of each whole tensor
+ROUNDS, SECONDS = 5, 0.05  # turns, and how long a method is repeated in each
+YARDSTICKS = {"ratio": "dense", "ratio_compiled": "dense, compiled"}  # names of methods that others are compared with
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of computing something, beside what it must give and the work that it cannot avoid."""
+
+    name: str
+    run: Callable[[], tuple[Tensor, ...]]
+    wanted: Callable[[], tuple[Tensor, ...]]  # the same in higher precision
+    macs: int
+    numbers: int  # read and written, each once
+    facts: dict[str, Any] = field(default_factory=dict)  # what its row says of it beside the name
+
+
+def one_pass(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], leaves: Sequence[Tensor], gradient: Tensor | None
+) -> Callable[[], tuple[Tensor, ...]]:
+    """The call that is timed: (function(*inputs),), and where its gradient is given, behind it those of the leaves."""
+
+    def run() -> tuple[Tensor, ...]:
+        if gradient is None:
+            with torch.no_grad():
+                return (function(*inputs),)
+        y = function(*inputs)
+        return y.detach(), *torch.autograd.grad(y, leaves, gradient)
+
+    return run
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Let this backend compute every STL layer and MLP of the model."""
+    for module in model.modules():
+        if isinstance(module, STLLinear | STLMLP):
+            module.backend = backend
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+def relative_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """|got − wanted| / |wanted| of the tensor where it is largest; NaN where any is NaN."""
+    errors = [(g.to(w.dtype) - w).norm() / w.norm() for g, w in zip(got, wanted, strict=True)]
+    return torch.stack(errors).max().item()
+
+
+def repeatable(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """The call as a CUDA graph; on a CPU, itself."""
+    if device == "cpu":
+        return run
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> object:
+        graph.replay()
+        return kept  # holds the graph's memory
+
+    return replay
+
+
+def seconds_a_call(run: Callable[[], object], device: str) -> float:
+    """Mean over as many calls as fit into SECONDS."""
+
+    def timed(calls: int) -> float:
+        synchronize(torch.device(device))
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize(torch.device(device))
+        return (time.perf_counter() - began) / calls
+
+    return timed(max(1, round(SECONDS / timed(1))))
+
+
+def take_turns(runs: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
+    """The median seconds of each over ROUNDS turns, behind one that warms up."""
+    turns = [{name: seconds_a_call(run, device) for name, run in runs.items()} for _ in range(1 + ROUNDS)]
+    return {name: statistics.median(turn[name] for turn in turns[1:]) for name in runs}
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """What the call takes of the GPU's memory at once, above what was taken before: results and all on the way."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes a second of a copy, read and written, and FLOP/s of a large dense product on this machine."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(8 * size, size, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    seconds = take_turns({"copy": lambda: target.copy_(source), "gemm": lambda: a @ b}, device)
+    return {
+        "bytes_per_second": 2 * source.nbytes / seconds["copy"],
+        "flops_per_second": 2 * size**3 / seconds["gemm"],
+    }
+
+
+def measure(
+    facts: dict[str, Any],
+    methods: Iterable[Method],
+    top: dict[str, float],
+    more: Callable[[Tensor], dict[str, Any]] = lambda first: {},
+) -> list[dict[str, Any]]:
+    """A row for each method: facts; its error against itself in higher precision; on a GPU what memory it takes; where
+    the error is small seconds, the ratio to dense and the most that this could be; and `more` of its first result."""
+    rows: list[dict[str, Any]] = []
+    runs = {}
+    for method in methods:
+        got = method.run()
+        device, dtype = got[0].device.type, got[0].dtype
+        error = relative_error(got, method.wanted())
+        row = {**facts, "method": method.name, **method.facts, "macs": method.macs, "error": error, **more(got[0])}
+        row["bound_seconds"] = max(
+            method.numbers * dtype.itemsize / top["bytes_per_second"], 2 * method.macs / top["flops_per_second"]
+        )
+        rows.append(row)
+        del got
+        if error <= TOLERANCE[dtype]:  # false for NaN as well
+            if device == "cuda":
+                row["peak_bytes"] = peak_bytes(method.run)
+            runs[method.name] = repeatable(method.run, device)
+    seconds = take_turns(runs, device) if runs else {}
+    for row in rows:
+        if row["method"] in seconds:
+            row["seconds"] = seconds[row["method"]]
+            row |= {key: seconds[name] / row["seconds"] for key, name in YARDSTICKS.items() if name in seconds}
+            if "dense" in seconds:
+                row["bound_ratio"] = seconds["dense"] / row["bound_seconds"]
+    return rows
+
+
+def describe(head: str, row: dict[str, Any]) -> str:
+    """A row of `measure` on one line."""
+    words = [f"{head}  {row['method']:32} error {row['error']:.1e}"]
+    if "product_error" in row:
+        words.append(f"of the product {row['product_error']:.1e}")
+    if "seconds" not in row:
+        return "  ".join([*words, "WRONG, not timed"])
+    words.append(f"{row['seconds'] * 1e3:9.3f} ms")
+    if "ratio" in row:
+        words.append(f"{row['ratio']:5.2f}× dense (bound {row['bound_ratio']:.2f}×)")
+    if "ratio_compiled" in row:
+        words.append(f"{row['ratio_compiled']:5.2f}× dense compiled")
+    if "peak_bytes" in row:
+        words.append(f"peak {row['peak_bytes'] / 2**20:.0f} MiB")
+    return "  ".join(words)
+
+
+# --- the machine -------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to know of where the numbers come from."""
+    gpu = driver = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return {
+        "gpu": gpu,
+        "driver": driver,
+        "cpu": cpu(),
+        "cpu_cores": len(os.sched_getaffinity(0)),  # those that this process may use
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+    }
+
+
+def cpu() -> str:
+    """The processor's name, as Linux has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser, ranks: list[int], backends: list[str], out: str) -> None:
+    parser.add_argument("--ranks", type=int, nargs="+", default=ranks)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=backends)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--out", type=Path, default=Path(out))
+
+
+def check_device(device: str) -> None:
+    """Raises SettingError where this machine has no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingError("there is no GPU; --device cpu measures the CPU")
+
+
+def begin(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The result with what all its rows share, and no rows yet; raises SettingError where there is no such device."""
+    check_device(arguments.device)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    how = {"device": arguments.device, "dtype": arguments.dtype, "threads": torch.get_num_threads()}
+    top = ceilings(arguments.device, getattr(torch, arguments.dtype))
+    return {"machine": machine() | how, "ceilings": top, "rows": []}
+
+
+def parse_sizes(option: str, text: str, names: str) -> list[int]:
+    """The positive numbers of `text`, as many as `names` has: parse_sizes("--shapes", "4,8", "n,k") = [4, 8].
+
+    Raises SettingError for anything else.
+    """
+    try:
+        sizes = [int(size) for size in text.split(",")]
+        if len(sizes) != names.count(",") + 1 or min(sizes) < 1:
+            raise ValueError
+    except ValueError:
+        count = ("one", "two", "three", "four")[names.count(",")]
+        raise SettingError(f"{option} {text} must be {names}: {count} positive numbers") from None
+    return sizes
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run it; what a user did wrong is one line."""
+    try:
+        main()
+    except SettingError as error:
+        sys.exit(f"error: {error}")

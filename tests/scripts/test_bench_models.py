@@ -1,0 +1,103 @@
+"""scripts/bench_models.py: which models and layers it measures, and what they are compared with."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import bench_models  # noqa: E402
+import benchmarking  # noqa: E402
+import throughput  # noqa: E402
+
+ERRORS = {f"{plain}{name}": 0.01 for plain in ("", "plain_") for name in ("error", "gradient_error")}
+
+
+def run(monkeypatch, out, *words):
+    monkeypatch.setattr(sys, "argv", ["bench_models.py", "--device=cpu", f"--out={out}", *words])
+    benchmarking.run_main(bench_models.main)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Cases and how they were measured, instead of measuring: kernels are twice as fast, fused ones wrong."""
+    measured = []
+
+    def measure(case, linear, how):
+        measured.append((case, linear, how))
+        rate = 200.0 if case.backend == "triton" else 100.0
+        rates = {"inference_images_per_second": rate, "training_images_per_second": rate / 2}
+        return ERRORS | ({} if case.fused else rates)
+
+    monkeypatch.setattr(throughput, "measure", measure)
+    return measured
+
+
+def test_each_model_is_compared_with_its_dense_twin(tmp_path, measured, monkeypatch, capsys):
+    out = tmp_path / "folder" / "models.json"
+    run(monkeypatch, out)
+    written = json.loads(out.read_text())
+    layers = [("dense", "auto", False)]
+    layers += [("stl t=4 r=16", backend, fused) for backend, fused in (("torch", 0), ("triton", 0), ("triton", 1))]
+    rows = written["models"]
+    assert [(row["model"], row["linear"], row["backend"], row["fused"]) for row in rows] == [
+        (model, *layer) for model in bench_models.MODELS for layer in layers
+    ]
+    assert [row.get("inference_ratio") for row in rows[:4]] == [None, 1.0, 2.0, None]
+    assert [row.get("training_ratio") for row in rows[:4]] == [None, 1.0, 2.0, None]
+    dense, *_, kernels, wrong = capsys.readouterr().out.splitlines()
+    assert "inference 200 images/s   2.00× dense   training 100 images/s   2.00× dense" in kernels
+    assert wrong.endswith("WRONG, not timed")
+    assert "× dense" not in dense
+    assert (written["machine"]["compile"], written["machine"]["image_size"]) == ("reduce-overhead", 224)
+
+
+def test_what_the_file_has_is_not_measured_again(tmp_path, measured, monkeypatch):
+    for _ in range(2):
+        run(monkeypatch, tmp_path / "file.json", "--models", "t2t_vit_7", "--backends", "torch")
+    assert len(measured) == 2
+    run(monkeypatch, tmp_path / "file.json", "--models", "t2t_vit_7", "--backends", "triton", "--ranks", "24")
+    assert len(measured) == 5  # dense again: what is compared are numbers of one call
+    assert measured[-1][1].keywords == {"tile": 4, "rank": 24, "basis": "frame"}
+
+
+def test_the_command_line_says_how(tmp_path, measured, monkeypatch):
+    words = ["--models", "t2t_vit_7", "--backends", "torch", "--batch-size", "2", "--image-size", "64"]
+    run(monkeypatch, tmp_path / "file.json", *words, "--repeats", "3", "--compile", "none")
+    case, _, how = measured[-1]
+    assert case.batch_size == 2
+    assert (how.image_size, how.repeats, how.compile_mode, how.device) == (64, 3, None, "cpu")
+
+
+def test_a_model_of_timm(tmp_path, monkeypatch):
+    """In this process, as measure() does it in another."""
+
+    def measure(case, linear, how):
+        quick = throughput.replace(how, repeats=1, calls=1)
+        return throughput._rates(case, linear, quick, torch.device("cpu"))
+
+    monkeypatch.setattr(throughput, "measure", measure)
+    words = ["--models", "deit_tiny_patch16_224", "--backends", "torch", "--batch-size", "1", "--image-size", "32"]
+    run(monkeypatch, tmp_path / "file.json", *words, "--compile", "none")
+    dense, stl = json.loads((tmp_path / "file.json").read_text())["models"]
+    assert stl["inference_ratio"] == stl["inference_images_per_second"] / dense["inference_images_per_second"]
+    assert 0 < stl["error"] == stl["plain_error"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device=cuda"], "there is no GPU; --device cpu measures the CPU"),
+        (["--models", "t2t_vit_8"], "model.name='t2t_vit_8' is unknown; close to it: "),
+        (["--ranks", "200"], "rank"),
+        (["--backends", "triton", "--ranks", "65"], "rank"),
+    ],
+)
+def test_bad_input_is_one_line(words, said, tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=rf"^error: [^\n]*{said}[^\n]*$"):
+        run(monkeypatch, tmp_path / "file.json", *words)
+    assert measured == []

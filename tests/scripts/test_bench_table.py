@@ -1,0 +1,152 @@
+"""scripts/bench_table.py: tables and plot of files written by hand."""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import bench_table  # noqa: E402
+
+MACHINE = {
+    "gpu": "GPU X",
+    "driver": "580",
+    "cpu": None,
+    "date": "2026-01-02T00:00:00",
+    "git_commit": "0123456789abcdef",
+}
+MACHINE |= {"versions": {"python": "3", "torch": "2"}, "dtype": "bfloat16"}
+
+
+def row(method, seconds=None, bound=None, **more):
+    times = {} if seconds is None else {"seconds": seconds}
+    return {"method": method, "bound_seconds": bound or 1e-3, "error": 0.1, **times, **more}
+
+
+OPS = {
+    "machine": MACHINE,
+    "pass": "forward",
+    "rows": [
+        {**sizes, **entry}
+        for sizes, entries in (
+            ({"n": 8, "k": 4, "m": 16}, [row("dense", 4e-3, 2e-3), row("stl r=16, auto", 2e-3, 1e-3, rank=16)]),
+            ({"n": 8, "k": 8, "m": 8}, [row("dense", 6e-3, 3e-3), row("2:4, cuSPARSELt", 5e-3, 3e-3)]),
+            ({"n": 8, "k": 8, "m": 8}, [row("stl r=16, auto", rank=16), row("stl r=24, auto", 3e-3, 2e-3, rank=24)]),
+        )
+        for entry in entries
+    ],
+}
+MLP = {"block": "mlp", "samples": 2, "tokens": 5, "width": 8, "hidden": 12}
+MIB = 2**20
+BLOCKS = {
+    "machine": MACHINE,
+    "rows": [
+        MLP | {"pass": which} | entry
+        for which in ("inference", "training")
+        for entry in (
+            row("dense", 4e-3, peak_bytes=10 * MIB),
+            row("dense, compiled", 2e-3, peak_bytes=9 * MIB),
+            row("stl r=16, triton", 1e-3, 5e-4, rank=16, peak_bytes=13 * MIB, encoded_bytes=4 * MIB),
+        )
+    ],
+}
+
+
+def model(linear, rate=None, **more):
+    rates = {} if rate is None else {"inference_images_per_second": rate, "training_images_per_second": rate / 10}
+    return {"model": "t2t_vit_7", "linear": linear, "backend": "auto", "fused": False, **rates, **more}
+
+
+STL = "stl t=4 r=16"
+MODELS = {
+    "machine": MACHINE | {"precision": "bf16 autocast"},
+    "models": [
+        model("dense", 40000.0),
+        model("dense", 99999.0, devices=2),
+        model(STL, 50000.0, backend="triton"),
+        model(STL, backend="triton", fused=True),
+        model("dense", 100.0) | {"model": "t2t_vit_14"},
+    ],
+}
+
+
+def run(monkeypatch, tmp_path, capsys, *results, words=()):
+    monkeypatch.chdir(tmp_path)
+    names = [f"file{index}.json" for index in range(len(results))]
+    for name, result in zip(names, results, strict=True):
+        Path(name).write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", ["bench_table.py", *names, *words])
+    bench_table.main()
+    return capsys.readouterr().out
+
+
+def test_layers(monkeypatch, tmp_path, capsys):
+    table, source = run(monkeypatch, tmp_path, capsys, OPS).strip().split("\n\n")
+    assert table.splitlines() == [
+        "| linear layer, forward: n, k, m | dense | stl r=16, auto | 2:4, cuSPARSELt | stl r=24, auto |",
+        "|---|---|---|---|---|",
+        "| 8, 4, 16 | 4 ms | 2.00 (4.00) | not run | not run |",
+        "| 8, 8, 8 | 6 ms | wrong | 1.20 (2.00) | 2.00 (3.00) |",
+    ]
+    assert source == (
+        "<sub>[file0.json](file0.json) by `scripts/bench_ops.py`, bfloat16; GPU X, driver 580, 2026-01-02, "
+        "commit 0123456789ab, python 3, torch 2.</sub>"
+    )
+
+
+def test_blocks_are_compared_with_the_compiled_block_and_memory_with_the_dense_one(monkeypatch, tmp_path, capsys):
+    inference, training, memory, _ = run(monkeypatch, tmp_path, capsys, BLOCKS).strip().split("\n\n")
+    for table, which in ((inference, "inference"), (training, "training")):
+        assert table.splitlines()[::2] == [
+            f"| MLP, {which}: samples, tokens, width, hidden | dense | dense, compiled | stl r=16, triton |",
+            "| 2, 5, 8, 12 | 0.50 (2.00) | 2 ms | 2.00 (4.00) |",
+        ]
+    assert memory.splitlines()[-1] == "| 2, 5, 8, 12 | 10 | 9 | 13 (+3 of 4) |"
+
+
+def test_models(monkeypatch, tmp_path, capsys):
+    inference, training, source = run(monkeypatch, tmp_path, capsys, MODELS).strip().split("\n\n")
+    assert inference.splitlines() == [
+        "| inference, images a second: model | dense | stl r=16, triton | stl r=16, triton, fused |",
+        "|---|---|---|---|",
+        "| t2t_vit_7 | 40,000 | 1.25 | wrong |",
+        "| t2t_vit_14 | 100 | not run | not run |",
+    ]
+    assert training.splitlines()[2] == "| t2t_vit_7 | 4,000 | 1.25 | wrong |"
+    assert "`scripts/bench_models.py`, bfloat16, bf16 autocast; GPU X" in source
+
+
+def test_a_wrong_yardstick_leaves_nothing_to_compare_with(monkeypatch, tmp_path, capsys):
+    shape = {"n": 8, "k": 4, "m": 4}
+    rows = [shape | row("dense"), shape | row("stl r=16, auto", 2e-3, rank=16)]
+    text = run(monkeypatch, tmp_path, capsys, OPS | {"rows": rows})
+    assert "| 8, 4, 4 | wrong | dense wrong |" in text
+
+
+def test_the_curves_are_those_of_the_fastest_and_leave_out_what_is_wrong():
+    rows = OPS["rows"] + [{"n": 8, "k": 4, "m": 16, **row("stl r=16, triton", 1e-3, 5e-4, rank=16)}]
+    (group,) = bench_table._groups(OPS | {"rows": rows})
+    assert bench_table.curves(group, 16) == ([(8.0, 4.0)], [(8.0, 8.0)])
+    assert bench_table.curves(group, 24) == ([(8.0, 2.0)], [(8.0, 3.0)])
+
+
+def test_the_plot(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "folder" / "speed.png"
+    run(monkeypatch, tmp_path, capsys, OPS, BLOCKS, MODELS, words=["--plot", str(path)])
+    height, width, _ = matplotlib.image.imread(path).shape
+    assert width > 2 * height  # three panels: layers, MLP in inference and in training
+    with pytest.raises(SystemExit, match=r"^error: --plot needs rows of bench_ops.py [^\n]*timed$"):
+        run(monkeypatch, tmp_path, capsys, MODELS, words=["--plot", str(path)])
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"rows": [{"n": 1}]}', '{"rows": []}'])
+def test_other_files_are_one_line(text, tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["bench_table.py", str(path)])
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*file.json: [^\n]*; give files of bench_ops.py, [^\n]*$"):
+        bench_table.main()
