@@ -43,16 +43,23 @@ class Method:
 
 
 def one_pass(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], leaves: Sequence[Tensor], gradient: Tensor | None
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    gradient: Tensor | None,
+    unchecked: Sequence[Tensor] = (),
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """The call that is timed: (function(*inputs),), and where its gradient is given, behind it those of the leaves."""
+    """The call that is timed: (function(*inputs),), and where its gradient is given, behind it those of the leaves.
+
+    The gradients of `unchecked` leaves are computed as well, and not returned.
+    """
 
     def run() -> tuple[Tensor, ...]:
         if gradient is None:
             with torch.no_grad():
                 return (function(*inputs),)
         y = function(*inputs)
-        return y.detach(), *torch.autograd.grad(y, leaves, gradient)
+        return y.detach(), *torch.autograd.grad(y, [*leaves, *unchecked], gradient)[: len(leaves)]
 
     return run
 

@@ -100,6 +100,8 @@ def test_one_pass_gives_the_output_and_behind_it_the_gradients():
     assert not y.requires_grad
     y, dx = benchmarking.one_pass(torch.square, [x], [x], torch.tensor([1.0, 10.0]))()
     assert (y.tolist(), dx.tolist()) == ([1, 4], [2, 40])
+    other = torch.ones(2, requires_grad=True)
+    assert len(benchmarking.one_pass(torch.mul, [x, other], [x], torch.ones(2), [other])()) == 2
 
 
 def test_all_layers_and_mlps_get_the_backend():
