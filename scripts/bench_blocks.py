@@ -165,7 +165,6 @@ def main() -> None:
     result = begin(arguments)
     for block in blocks:
         for which in arguments.passes:
-            torch.compiler.reset()  # else the blocks before count against the limit of compilations
             facts = {**block.facts(), "pass": which}
             candidates = Bench(block, which, arguments.device, dtype).methods(arguments.ranks, arguments.backends)
             for row in measure(facts, candidates, result["ceilings"]):

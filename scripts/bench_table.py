@@ -183,9 +183,11 @@ def plot(groups: list[Group], path: Path) -> None:
     for (group, drawn), panel in zip(panels, axes.flat, strict=False):
         for index, (rank, (ratios, bounds)) in enumerate(drawn.items()):
             panel.plot(*zip(*ratios, strict=True), "o-", color=f"C{index}", label=f"r = {rank}")
-            panel.plot(*zip(*bounds, strict=True), ":", color=f"C{index}")
+            panel.plot(*zip(*bounds, strict=True), "_:", color=f"C{index}")
         panel.axhline(1, color="gray", linewidth=0.8)
         panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.set_ylim(bottom=0)
         panel.set_title(group.title.partition(":")[0], fontsize=10)
         panel.set(xlabel="width", ylabel=f"× {group.yardstick} (dotted: bound)")
         panel.grid(alpha=0.3)

@@ -151,6 +151,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each method: facts; its error against itself in higher precision; on a GPU what memory it takes; where
     the error is small seconds, the ratio to dense and the most that this could be; and `more` of its first result."""
+    torch.compiler.reset()  # else what was compiled for other shapes counts against the limit, behind which it is not
     rows: list[dict[str, Any]] = []
     runs = {}
     for method in methods:
