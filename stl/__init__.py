@@ -13,6 +13,7 @@ from stl.flops import FlopReport, count_flops
 from stl.functional import stl_linear, stl_matmul
 from stl.linear import STLLinear
 from stl.mlp import STLMLP, fuse_mlps
+from stl.norm_linear import STLNormLinear
 
 __all__ = [
     "STLMLP",
@@ -21,6 +22,7 @@ __all__ = [
     "FlopReport",
     "STLLinear",
     "STLMultiheadAttention",
+    "STLNormLinear",
     "SettingError",
     "convert",
     "count_flops",

@@ -13,6 +13,7 @@ HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TILES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_NORMALISED_TILES = 256  # in a row of tiles, which one program then holds
 HIGHEST_RANK = 64  # the channels of a block of tiles stay in registers
 
 

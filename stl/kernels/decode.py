@@ -77,7 +77,7 @@ def _launch(
     channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor | None, x: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     rank, tiling = len(matrix), Tiling(y.shape[0], y.shape[1], y.shape[2], tile)
-    block = block_size(rank, tiling.columns)
+    block = block_size(rank, tiling.columns, x is not None)
     blocks = ceil(tiling.columns / block)
     rows = 1 if x is None else rows_of_a_program(tiling.rows, blocks)
     chunks = ceil(tiling.rows / rows)

@@ -77,9 +77,10 @@ def _launch(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     rank, tiling = len(matrix), Tiling(x.shape[0], x.shape[1], x.shape[2], tile)
     channels = x.new_empty(rank, tiling.rows, tiling.columns)
-    block = block_size(rank, tiling.columns)
+    sums_kept = others is not None or bias
+    block = block_size(rank, tiling.columns, sums_kept)
     blocks = ceil(tiling.columns / block)
-    rows = 1 if others is None and not bias else rows_of_a_program(tiling.rows, blocks)
+    rows = rows_of_a_program(tiling.rows, blocks) if sums_kept else 1
     chunks = ceil(tiling.rows / rows)
     products = None if others is None else x.new_empty(chunks * blocks, rank, tile**2, dtype=torch.float32)
     sums = x.new_empty(chunks, x.shape[2], dtype=torch.float32) if bias else None

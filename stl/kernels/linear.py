@@ -60,7 +60,7 @@ def _encode_gemm(x: Tensor, weight: Tensor, encoder: Tensor, rows_first: bool) -
 
 @_encode_gemm.register_fake
 def _(x, weight, encoder, rows_first):
-    return x.new_empty(weight.shape[0], _rows_of_tiles(x.shape, tile_of(encoder), rows_first), weight.shape[2])
+    return x.new_empty(weight.shape[0], rows_of_tiles(x.shape, tile_of(encoder), rows_first), weight.shape[2])
 
 
 @torch.library.custom_op("stl::encode_gemm_backward", mutates_args=())
@@ -100,7 +100,7 @@ _encode_gemm.register_autograd(_differentiate_encode_gemm, setup_context=_keep_i
 
 @register_flop_formula(torch.ops.stl.encode_gemm)
 def _(x, weight, encoder, rows_first, **_) -> int:
-    coded, core = encode_gemm_macs(_rows_of_tiles(x, round(encoder[1] ** 0.5), rows_first), weight, encoder)
+    coded, core = encode_gemm_macs(rows_of_tiles(x, round(encoder[1] ** 0.5), rows_first), weight, encoder)
     return 2 * (coded + core)
 
 
@@ -143,7 +143,7 @@ def _decode_backward(
 @_decode_backward.register_fake
 def _(gradient, channels, decoder, bias, rows_first):
     tile = tile_of(decoder)
-    P, M = _rows_of_tiles(gradient.shape, tile, rows_first), -(-gradient.shape[2] // tile)
+    P, M = rows_of_tiles(gradient.shape, tile, rows_first), -(-gradient.shape[2] // tile)
     return (
         gradient.new_empty(decoder.shape[0], P, M),
         gradient.new_empty(0 if channels is None else decoder.shape),
@@ -191,6 +191,6 @@ def encode_gemm_macs(P: int, weight: Any, encoder: Any) -> tuple[int, int]:
     return P * K * encoder[1] * rank, P * K * M * rank
 
 
-def _rows_of_tiles(shape: Any, tile: int, rows_first: bool) -> int:
+def rows_of_tiles(shape: Any, tile: int, rows_first: bool) -> int:
     rows, samples = shape[:2] if rows_first else (shape[1], shape[0])
     return samples * -(-rows // tile)

@@ -49,9 +49,9 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 or triton.knobs.runtime.interpret else "tf32"
 
 
-def block_size(rank: int, columns: int) -> int:
-    """Tiles that a program takes of a row of tiles: no more than its channels leave registers for."""
-    return min(128 if rank <= 32 else 64, padded(columns))
+def block_size(rank: int, columns: int, sums: bool) -> int:
+    """Tiles that four warps take of a row of tiles: what their registers hold, beside `sums` where those are kept."""
+    return min(64 if sums or rank > 32 else 128, padded(columns))
 
 
 def rows_of_a_program(rows: int, blocks: int) -> int:

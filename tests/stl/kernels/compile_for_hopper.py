@@ -1,0 +1,73 @@
+"""Compile every kernel that the operators launch, forward and backward, for an H200; no GPU is needed for that.
+
+Prints a line for each: its name, the bytes of shared memory that a block takes, and those that a thread spills.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from stl import get_basis
+from stl.kernels import linear, mlp, norm  # noqa: F401  they register the operators
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+def compile_only(kernel: JITFunction, *arguments, grid, warmup, **options) -> None:
+    """In the place of a launch: what Triton would compile for these arguments."""
+    bound = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    settings = {name: bound.pop(name) for name in ("num_warps",) if name in bound}
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = bound[name]
+        if isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif isinstance(value, int) and name not in options and value != 1:
+            signature[name] = "i32"
+        else:
+            signature[name], constants[index,] = "constexpr", value
+        if signature[name] != "constexpr" and (isinstance(value, Tensor) or (value % 16 == 0 and value == int(value))):
+            attributes[index,] = [["tt.divisibility", 16]] if signature[name] != "fp32" else []
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=settings)
+    print(kernel.__name__, compiled.metadata.shared, spilled(compiled.asm["cubin"]), flush=True)
+
+
+def spilled(binary: bytes) -> int:
+    """Bytes of local memory that a thread takes."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def main(tile: int, rank: int, name: str, dtype: torch.dtype) -> None:
+    basis = get_basis(name, tile, rank)
+    encoder, decoder = (matrix.to(dtype).requires_grad_() for matrix in (basis.encode_x, basis.decode))
+    width = 64 * tile
+    x, gain, shift, bias = (torch.ones(*size, width, dtype=dtype).requires_grad_() for size in ((2, 16), (), (), ()))
+    weight = torch.ones(rank, 64, 64, dtype=dtype).requires_grad_()
+    layer = (weight, encoder, decoder, bias)
+    mlp.mlp(x, layer, layer, "gelu", "tokens", width, width).sum().backward()
+    torch.ops.stl.norm_encode_gemm(x, gain, shift, weight, encoder, 1e-6, True, False).sum().backward()
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0"
+    JITFunction.run = compile_only
+    tile, rank, name, dtype = sys.argv[1:]
+    main(int(tile), int(rank), name, getattr(torch, dtype))

@@ -1,0 +1,132 @@
+"""`STLNormLinear` by kernels against its two modules in float64, one after the other: on the GPU where there is one,
+else in Triton's interpreter."""
+
+import pytest
+import torch
+from gaussian import DEVICE, gaussian
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from stl import SettingError, STLLinear, STLNormLinear
+
+BASES = [("strassen", 2, 7), ("hadamard", 4, 16), ("frame", 4, 24), ("hadamard", 8, 64)]
+NORMS = {"layer": nn.LayerNorm, "layer, no bias": lambda k: nn.LayerNorm(k, bias=False), "rms": nn.RMSNorm}
+
+
+def module(
+    k: int, m: int, basis: tuple[str, int, int] = BASES[1], norm: str = "layer", row_axis: str = "tokens"
+) -> STLNormLinear:
+    """In float64, with numbers that are nothing special."""
+    torch.manual_seed(0)
+    name, tile, rank = basis
+    made = STLNormLinear(NORMS[norm](k), STLLinear(k, m, tile=tile, rank=rank, basis=name, row_axis=row_axis))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return made.double().to(DEVICE)
+
+
+def results(made: STLNormLinear, x: Tensor, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
+    made.to(dtype).backend = backend
+    x = x.to(dtype).requires_grad_()
+    y = made(x)
+    parameters = dict(made.named_parameters())
+    gradients = torch.autograd.grad(y, [x, *parameters.values()], gaussian(*y.shape, seed=3).to(dtype))
+    return {"y": y, **dict(zip(["x", *parameters], gradients, strict=True))}
+
+
+def assert_agree(made: STLNormLinear, x: Tensor, dtype: torch.dtype = torch.float32, tolerance: float = 5e-6) -> None:
+    exact = results(made, x, torch.float64, "torch")
+    for role, got in results(made, x, dtype, "triton").items():
+        assert got.shape == exact[role].shape, role
+        assert got.dtype == dtype, role
+        assert (got.double() - exact[role]).norm() <= tolerance * exact[role].norm(), role
+
+
+@pytest.mark.parametrize("row_axis", ["tokens", "batch"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("basis", BASES)
+def test_output_and_all_gradients(basis, norm, row_axis):
+    assert_agree(module(13, 10, basis, norm, row_axis), 2 * gaussian(3, 7, 13, seed=0) + 1)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 1, 3, 6), (1, 147, 3), (1, 3, 1000), (2, 0, 5), (0, 5, 5)])
+def test_odd_shapes(shape):
+    assert_agree(module(shape[-1], 6), gaussian(*shape, seed=0) + 1)
+
+
+def test_sums_over_many_rows_of_tiles(monkeypatch):
+    monkeypatch.setattr("stl.kernels.tiles.PROGRAMS", 3)
+    assert_agree(module(70, 9), gaussian(5, 13, 70, seed=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    assert_agree(module(32, 24), gaussian(2, 8, 32, seed=0), dtype, 0.05)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_the_operator_keeps_the_rules_of_pytorch(norm):
+    made = module(13, 10, norm=norm).float()
+    x, linear = gaussian(2, 5, 13, seed=0).float().requires_grad_(), made.linear
+    arguments = (x, made.norm.weight, getattr(made.norm, "bias", None), linear.weight, linear.encoder)
+    torch.library.opcheck(torch.ops.stl.norm_encode_gemm, (*arguments, 1e-5, norm == "layer", False))
+
+
+def test_under_autocast_the_norm_sees_what_it_sees_in_float32():
+    made, x = module(13, 10).float(), gaussian(2, 5, 13, seed=0).float().requires_grad_()
+    x = x + 300  # what bf16 would lose
+    results = {}
+    for backend in ("torch", "triton"):
+        made.backend = backend
+        with torch.autocast(DEVICE, torch.bfloat16):
+            results[backend] = made(x)
+    assert results["triton"].dtype == torch.bfloat16
+    torch.testing.assert_close(results["triton"], results["torch"], atol=0.1, rtol=0.1)
+    gradients = torch.autograd.grad(results["triton"].float().square().sum(), list(made.parameters()))
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+
+
+def test_compiles_without_graph_breaks():
+    made, x = module(13, 10).float(), gaussian(2, 5, 13, seed=0).float()
+    made.backend = "triton"
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(made, fullgraph=True, backend="aot_eager")(x), made(x))
+
+
+def test_the_counted_flops_are_those_of_the_layer_and_of_encoding_again():
+    made, x = module(13, 10).float(), gaussian(2, 5, 13, seed=0).float().requires_grad_()
+
+    def flops(backend: str) -> tuple[int, int]:
+        made.backend = backend
+        with FlopCounterMode(display=False) as counter:
+            y = made(x)
+            forward = counter.get_total_flops()
+            y.sum().backward()
+        return forward, counter.get_total_flops() - forward
+
+    (forward, backward), (wanted, wanted_backward) = flops("triton"), flops("torch")
+    assert forward == wanted
+    assert backward == wanted_backward + 2 * (2 * 2) * 4 * 16 * 16
+
+
+def test_what_is_too_wide_for_one_program_is_computed_one_after_the_other(monkeypatch):
+    made, x = module(13, 10).float(), gaussian(2, 5, 13, seed=0).float()
+    wanted = made(x)
+    monkeypatch.setattr("stl.kernels.MOST_NORMALISED_TILES", 3)
+    made.backend = "triton"
+    assert torch.equal(made(x), wanted)
+
+
+@pytest.mark.parametrize(
+    ("norm", "said"),
+    [
+        (nn.LayerNorm(8), "must normalise the 13 features"),
+        (nn.LayerNorm((2, 13)), "must normalise the 13 features"),
+        (nn.LayerNorm(13, elementwise_affine=False), "with weights"),
+        (nn.BatchNorm1d(13), "must be a LayerNorm or an RMSNorm"),
+    ],
+)
+def test_another_norm_gets_one_line(norm, said):
+    with pytest.raises(SettingError, match=said):
+        STLNormLinear(norm, STLLinear(13, 10))
