@@ -3,7 +3,7 @@ interpreter."""
 
 import pytest
 import torch
-from gaussian import DEVICE, gaussian
+from agreement import DEVICE, gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

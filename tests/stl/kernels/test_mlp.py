@@ -3,8 +3,7 @@ Triton's interpreter."""
 
 import pytest
 import torch
-from gaussian import DEVICE, gaussian
-from torch import Tensor
+from agreement import DEVICE, assert_agree, gaussian
 from torch.utils.flop_counter import FlopCounterMode
 
 from stl import STLMLP, SettingError, STLLinear
@@ -35,23 +34,6 @@ def mlp(
         for parameter in module.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     return module
-
-
-def results(module: STLMLP, x: Tensor, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-    module.to(dtype).backend = backend
-    x = x.to(dtype).requires_grad_()
-    y = module(x)
-    parameters = dict(module.named_parameters())
-    gradients = torch.autograd.grad(y, [x, *parameters.values()], gaussian(*y.shape, seed=3).to(dtype))
-    return {"y": y, **dict(zip(["x", *parameters], gradients, strict=True))}
-
-
-def assert_agree(module: STLMLP, x: Tensor, dtype: torch.dtype = torch.float32, tolerance: float = 3e-6) -> None:
-    exact = results(module, x, torch.float64, "torch")
-    for role, got in results(module, x, dtype, "triton").items():
-        assert got.shape == exact[role].shape, role
-        assert got.dtype == dtype, role
-        assert (got.double() - exact[role]).norm() <= tolerance * exact[role].norm(), role
 
 
 @pytest.mark.parametrize("row_axis", ["tokens", "batch"])

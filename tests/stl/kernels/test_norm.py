@@ -3,8 +3,8 @@ else in Triton's interpreter."""
 
 import pytest
 import torch
-from gaussian import DEVICE, gaussian
-from torch import Tensor, nn
+from agreement import DEVICE, assert_agree, gaussian
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stl import SettingError, STLLinear, STLNormLinear
@@ -24,23 +24,6 @@ def module(
         for parameter in made.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     return made.double().to(DEVICE)
-
-
-def results(made: STLNormLinear, x: Tensor, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-    made.to(dtype).backend = backend
-    x = x.to(dtype).requires_grad_()
-    y = made(x)
-    parameters = dict(made.named_parameters())
-    gradients = torch.autograd.grad(y, [x, *parameters.values()], gaussian(*y.shape, seed=3).to(dtype))
-    return {"y": y, **dict(zip(["x", *parameters], gradients, strict=True))}
-
-
-def assert_agree(made: STLNormLinear, x: Tensor, dtype: torch.dtype = torch.float32, tolerance: float = 5e-6) -> None:
-    exact = results(made, x, torch.float64, "torch")
-    for role, got in results(made, x, dtype, "triton").items():
-        assert got.shape == exact[role].shape, role
-        assert got.dtype == dtype, role
-        assert (got.double() - exact[role]).norm() <= tolerance * exact[role].norm(), role
 
 
 @pytest.mark.parametrize("row_axis", ["tokens", "batch"])

@@ -1,0 +1,30 @@
+"""What kernels give against the reference in float64, at random numbers."""
+
+import torch
+from torch import Tensor, nn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def gaussian(*shape: int, seed: int) -> Tensor:
+    """Standard normal, float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
+
+
+def results(module: nn.Module, x: Tensor, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
+    """The output, and the gradients of x and of all parameters for one gradient of the output, by their names."""
+    module.to(dtype).backend = backend
+    x = x.to(dtype).requires_grad_()
+    y = module(x)
+    parameters = dict(module.named_parameters())
+    gradients = torch.autograd.grad(y, [x, *parameters.values()], gaussian(*y.shape, seed=3).to(dtype))
+    return {"y": y, **dict(zip(["x", *parameters], gradients, strict=True))}
+
+
+def assert_agree(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32, tolerance: float = 5e-6) -> None:
+    """A module with a `backend`: all that kernels give in this precision is the reference's to a relative tolerance."""
+    exact = results(module, x, torch.float64, "torch")
+    for role, got in results(module, x, dtype, "triton").items():
+        assert got.shape == exact[role].shape, role
+        assert got.dtype == dtype, role
+        assert (got.double() - exact[role]).norm() <= tolerance * exact[role].norm(), role
