@@ -281,7 +281,7 @@ def test_callbacks_are_switched_off_by_null(tmp_path, capfd):
             ["linear.basis=hadamard", "linear.rank=17"],
             "error: basis='hadamard' has no tile=4 rank=17; it has tile=2: rank 4;",
         ),
-        (["linear.basis=walsh"], "error: basis='walsh' is unknown; choose one of exact48, frame, hadamard"),
+        (["linear.basis=walsh"], "error: basis='walsh' is unknown; choose one of als, exact48, frame, hadamard"),
         (["model.name=t2t_vit_8"], "error: model.name='t2t_vit_8' is unknown; close to it: t2t_vit_"),
         (["data=image_folder", "data.root=nowhere"], "error: data.root='"),
         (["ckpt_path=nowhere.ckpt"], "error: checkpoint 'nowhere.ckpt' does not exist"),
