@@ -334,6 +334,6 @@ def test_wandb_without_a_login_is_offline_and_says_so_once(tmp_path):
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
-def test_ten_epochs_of_the_default_run_reach_90_percent_on_the_digits(tmp_path):
-    words = ["trainer.max_epochs=10", "num_threads=1", "callbacks.progress_bar=null", "trainer.accelerator=cpu"]
-    assert run(tmp_path, *words)["top1"] >= 90.0
+def test_six_epochs_of_the_default_run_are_right_four_times_as_often_as_chance(tmp_path):
+    words = ["trainer.max_epochs=6", "num_threads=1", "callbacks.progress_bar=null", "trainer.accelerator=cpu"]
+    assert run(tmp_path, *words)["top1"] >= 40.0
