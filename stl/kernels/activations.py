@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-
 
 @triton.jit
 def activate(y, NAME: tl.constexpr):
