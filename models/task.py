@@ -90,7 +90,9 @@ class ClassificationTask(pl.LightningModule):
                     f"compile={self.compile_mode} with trainer=fsdp2 cannot accumulate gradients; set compile=default, "
                     "or data.device_batch_size to null"
                 )
-            shard(self.model, self.device_mesh["data_parallel"])
+            # on a CPU autocast leaves LayerNorm alone, which then does not take bfloat16 weights with float32 inputs
+            in_bf16 = self.trainer.precision == "bf16-mixed" and self.device_mesh.device_type == "cuda"
+            shard(self.model, self.device_mesh["data_parallel"], torch.bfloat16 if in_bf16 else None)
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer(self.model)

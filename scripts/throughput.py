@@ -194,7 +194,8 @@ def parallel(model: nn.Module, strategy: str | None, compile_mode: str | None, d
     """The model, compiled, as one of several processes trains it: arranged as train.py arranges it."""
     compile_model(model, compile_mode)
     if strategy == "fsdp2":
-        shard(model, init_device_mesh(device.type, (dist.get_world_size(),)))
+        gathered = torch.bfloat16 if device.type == "cuda" else None
+        shard(model, init_device_mesh(device.type, (dist.get_world_size(),)), gathered)
     if strategy == "ddp":
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     return model

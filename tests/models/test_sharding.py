@@ -1,5 +1,7 @@
 """FSDP2 in a process group of one process: what becomes a unit, and that state dicts stay whole."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,9 +27,26 @@ def tiny():
 def test_small_models_are_one_unit_and_large_ones_a_unit_a_block(mesh, least, units):
     model = tiny()
     expected = model(torch.ones(1, 3, 32, 32))
-    shard(model, mesh, least)
+    shard(model, mesh, least=least)
     assert sorted(name for name, module in model.named_modules() if isinstance(module, FSDPModule)) == units
     torch.testing.assert_close(model(torch.ones(1, 3, 32, 32)), expected)
+
+
+def test_weights_are_gathered_in_bfloat16_and_trained_in_float32(mesh):
+    model, seen = torch.nn.Linear(8, 4), []
+    plain = copy.deepcopy(model)
+    shard(model, mesh, torch.bfloat16)
+    model.register_forward_hook(lambda module, *_: seen.append(module.weight.dtype))
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, wanted = model(x), plain(x)
+    assert torch.equal(got, wanted)
+    got.sum().backward()
+    wanted.sum().backward()
+    assert seen == [torch.bfloat16]
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert ours.dtype == ours.grad.dtype == torch.float32
+        torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
 
 
 def test_state_dicts_are_those_of_the_undivided_model(mesh):
