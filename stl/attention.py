@@ -19,6 +19,7 @@ class STLMultiheadAttention(nn.Module):
     q_proj: STLLinear
     k_proj: STLLinear
     v_proj: STLLinear
+    out_proj: STLLinear
 
     def __init__(self, attention: nn.MultiheadAttention, *, from_dense: bool, **settings) -> None:
         """Take over the shape of `attention`, and its weights with `from_dense`; `settings` as for STLLinear."""
@@ -29,16 +30,8 @@ class STLMultiheadAttention(nn.Module):
         # PyTorch's encoder layers look at these to decide on a fused path, which would bypass this module.
         self.in_proj_bias = None
         self._qkv_same_embed_dim = False
-        if attention.in_proj_weight is None:
-            weights = [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
-        else:
-            weights = _thirds(attention.in_proj_weight)
-        biases = [None] * 3 if attention.in_proj_bias is None else _thirds(attention.in_proj_bias)
-        for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
-            linear = nn.Linear(weight.shape[1], width, bias is not None, device="meta")
-            linear.weight, linear.bias = weight, bias
+        for name, linear in dense_projections(attention).items():
             setattr(self, name, STLLinear.from_linear(linear, from_dense=from_dense, **settings))
-        self.out_proj = STLLinear.from_linear(attention.out_proj, from_dense=from_dense, **settings)
         self.train(attention.training)
 
     def forward(
@@ -89,6 +82,21 @@ class STLMultiheadAttention(nn.Module):
             mask = _additive(key_padding_mask, q.dtype)
             masks.append(mask.view(-1, 1, 1, mask.shape[-1]))
         return sum(masks[1:], masks[0]) if masks else None
+
+
+def dense_projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
+    """The four projections of `attention`, named as in `STLMultiheadAttention`, on its own data."""
+    width = attention.embed_dim
+    if attention.in_proj_weight is None:
+        weights = [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
+    else:
+        weights = _thirds(attention.in_proj_weight)
+    biases = [None] * 3 if attention.in_proj_bias is None else _thirds(attention.in_proj_bias)
+    projections = {}
+    for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
+        projections[name] = nn.Linear(weight.shape[1], width, bias is not None, device="meta")
+        projections[name].weight, projections[name].bias = weight, bias
+    return projections | {"out_proj": attention.out_proj}
 
 
 def _thirds(packed: nn.Parameter) -> list[nn.Parameter]:

@@ -1,14 +1,16 @@
 """Swap the linear layers of any module for STL layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from stl.attention import STLMultiheadAttention
+from stl.attention import STLMultiheadAttention, dense_projections
 from stl.basis import get_basis
+from stl.calibration import ASSUMED, LayerCalibration, calibrate
 from stl.errors import SettingError
 from stl.functional import ROW_AXES
 from stl.linear import STLLinear
@@ -20,15 +22,25 @@ Patterns = str | Sequence[str] | None
 
 @dataclass
 class ConversionReport:
-    """What `convert` did: `swapped` and `left` map a layer's name to what it became, or to why it stayed."""
+    """What `convert` did: `swapped` and `left` map a layer's name to what it became, or to why it stayed.
+
+    Of trained layers, `calibrated` maps the name of each STL layer ("attn.q_proj" inside an attention module) to its
+    errors, effective input rank and MACs before and after calibration, or to why its weight stayed uncalibrated, and
+    `assumed` says what stood in for the data where there was none. Both are empty otherwise.
+    """
 
     swapped: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    calibrated: dict[str, LayerCalibration | str] = field(default_factory=dict)
+    assumed: str = ""
 
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} linear layers swapped, {len(self.left)} left"]
+        lines += [f"  {self.assumed}"] * bool(self.assumed)
         lines += [f"  swapped  {name}: {what}" for name, what in self.swapped.items()]
         lines += [f"  left     {name}: {why}" for name, why in self.left.items()]
+        for name, what in self.calibrated.items():
+            lines.append(f"  uncalibrated {name}: {what}" if isinstance(what, str) else f"  calibrated {name}: {what}")
         return "\n".join(lines)
 
 
@@ -43,6 +55,8 @@ def convert(
     from_dense: bool = False,
     row_axis: str = "tokens",
     train_basis: bool = True,
+    calibration: Iterable[Any] | None = None,
+    calibrate_basis: bool = False,
 ) -> ConversionReport:
     """Swap the linear layers of `model`, in place, for `STLLinear`; attention modules become `STLMultiheadAttention`.
 
@@ -52,6 +66,13 @@ def convert(
         from_dense: start from the trained weights, encoded; otherwise from a fresh draw, for training from scratch.
         row_axis, train_basis: as in `STLLinear`. Layers that PyTorch's transformer feeds (tokens, batch, features)
             get the axis that means the same there.
+        calibration: with `from_dense`, a few batches of inputs as the model will see them, in a list or any other
+            series: tensors, tuples that start with one (inputs, labels), or dicts of keyword arguments; all are kept in
+            memory. The encoded weights are then fitted to what the dense layers make of these inputs, layer by layer
+            (`stl.calibration`), wherever that lowers the error on the part of them that is held out. Without, they are
+            encoded for i.i.d. zero-mean inputs, and the report says so.
+        calibrate_basis: with `calibration`, fit each layer's encoder and decoder too, also those that are then frozen
+            by `train_basis=False`: a lower error for a longer conversion. The layers no longer hold the named basis.
 
     A layer that sees one row a sample, as class heads do, costs r/t² times the dense one: leave it out with `exclude`.
     Models that hand `layer.weight` to a function themselves (some of timm's with a joint query-key-value layer, say)
@@ -61,12 +82,20 @@ def convert(
         A report of the layers swapped, and of those left with the reason.
 
     Raises:
-        SettingError: no such basis, a pattern that matches no linear layer, or a model without any. The model is then
-        unchanged. A model that is itself a linear layer cannot be swapped in place: use `STLLinear.from_linear`.
+        SettingError: no such basis, a pattern that matches no linear layer, or a model without any; calibration without
+        `from_dense`, without batches, with NaN, or of a model on the meta device; `calibrate_basis` without
+        calibration. The model is then unchanged, as after whatever error the model itself raises on the calibration
+        data. A model that is itself a linear layer cannot be swapped in place: use `STLLinear.from_linear`.
     """
     get_basis(basis, tile, rank)
     if row_axis not in ROW_AXES:
         raise SettingError(f"row_axis={row_axis!r} is unknown; choose one of {', '.join(ROW_AXES)}")
+    if calibration is not None and not from_dense:
+        raise SettingError(
+            "calibration with from_dense=False fits nothing: there are no trained weights; pass from_dense=True"
+        )
+    if calibrate_basis and calibration is None:
+        raise SettingError("calibrate_basis=True needs data to fit to; pass calibration=batches as well")
     settings = {"tile": tile, "rank": rank, "basis": basis, "train_basis": train_basis}
     if isinstance(model, nn.Linear | nn.MultiheadAttention):
         raise SettingError("convert swaps layers inside a model; for a single layer use STLLinear.from_linear(layer)")
@@ -94,9 +123,18 @@ def convert(
         else:
             built[layer] = _build(layer, from_dense, _axis(same[0], row_axis), settings)
             report.swapped |= dict.fromkeys(names, _describe(built[layer]))
-    for place in places:
-        if place.layer in built:
-            setattr(place.parent, place.attribute, built[place.layer])
+    swapped = [place for place in places if place.layer in built]
+    for place in swapped:
+        setattr(place.parent, place.attribute, built[place.layer])
+    if calibration is not None:
+        try:
+            report.calibrated = _calibrate(model, swapped, built, calibration, calibrate_basis)
+        except BaseException:
+            for place in swapped:
+                setattr(place.parent, place.attribute, place.layer)
+            raise
+    elif from_dense:
+        report.assumed = ASSUMED
     _leave_fused_paths(model)
     return report
 
@@ -158,6 +196,30 @@ def _build(layer: nn.Module, from_dense: bool, row_axis: str, settings: dict) ->
         return STLMultiheadAttention(layer, from_dense=from_dense, row_axis=row_axis, **settings)
     assert isinstance(layer, nn.Linear)
     return STLLinear.from_linear(layer, from_dense=from_dense, row_axis=row_axis, **settings)
+
+
+def _calibrate(
+    model: nn.Module,
+    swapped: list[_Place],
+    built: dict[nn.Module, nn.Module],
+    calibration: Iterable[Any],
+    calibrate_basis: bool,
+) -> dict[str, LayerCalibration | str]:
+    """Calibrate what was swapped; a layer used twice is fitted once, and reported under all its names."""
+    layers: dict[str, tuple[STLLinear, nn.Linear]] = {}
+    first: dict[nn.Module, str] = {}
+    aliases: dict[str, str] = {}
+    for place in swapped:
+        dense = dense_projections(place.layer) if isinstance(place.layer, nn.MultiheadAttention) else {"": place.layer}
+        for part, linear in dense.items():
+            layer = built[place.layer].get_submodule(part)
+            assert isinstance(layer, STLLinear)
+            assert isinstance(linear, nn.Linear)
+            name = f"{place.name}.{part}" if part else place.name
+            aliases[name] = first.setdefault(layer, name)
+            layers.setdefault(aliases[name], (layer, linear))
+    done = calibrate(model, layers, calibration, calibrate_basis)
+    return {name: done[alias] for name, alias in aliases.items()}
 
 
 def _describe(layer: nn.Module) -> str:
