@@ -13,6 +13,7 @@ from stl.kernels.tiles import (
     block_size,
     channel_places,
     load_basis,
+    most_tiles_and_warps,
     multiply,
     padded,
     precision,
@@ -77,7 +78,8 @@ def _launch(
     channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor | None, x: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     rank, tiling = len(matrix), Tiling(y.shape[0], y.shape[1], y.shape[2], tile)
-    block = block_size(rank, tiling.columns, x is not None)
+    most, warps = most_tiles_and_warps(y.dtype, x is not None)
+    block = block_size(tiling.columns, most)
     blocks = ceil(tiling.columns / block)
     rows = 1 if x is None else rows_of_a_program(tiling.rows, blocks)
     chunks = ceil(tiling.rows / rows)
@@ -91,6 +93,6 @@ def _launch(
                 y, *y.stride(), *tiling.sizes(), matrix, channels, bias, x, *(0, 0, 0) if x is None else x.stride(),
                 encoded, products,
                 T=tile, R=rank, TT=padded(tile**2), RP=padded(rank), BLOCK=block, ROWS=rows,
-                PRECISION=precision(y.dtype), BIAS=bias is not None, INPUT=x is not None,
+                PRECISION=precision(y.dtype), BIAS=bias is not None, INPUT=x is not None, num_warps=warps,
             )  # fmt: skip
     return encoded, None if products is None else products.sum(0)

@@ -13,6 +13,7 @@ from stl.kernels.tiles import (
     block_size,
     channel_places,
     load_basis,
+    most_tiles_and_warps,
     multiply,
     padded,
     precision,
@@ -78,7 +79,8 @@ def _launch(
     rank, tiling = len(matrix), Tiling(x.shape[0], x.shape[1], x.shape[2], tile)
     channels = x.new_empty(rank, tiling.rows, tiling.columns)
     sums_kept = others is not None or bias
-    block = block_size(rank, tiling.columns, sums_kept)
+    most, warps = most_tiles_and_warps(x.dtype, sums_kept)
+    block = block_size(tiling.columns, most)
     blocks = ceil(tiling.columns / block)
     rows = rows_of_a_program(tiling.rows, blocks) if sums_kept else 1
     chunks = ceil(tiling.rows / rows)
@@ -89,6 +91,6 @@ def _launch(
             _encode[(chunks * blocks,)](
                 x, *x.stride(), *tiling.sizes(), matrix, channels, others, products, sums,
                 T=tile, R=rank, TT=padded(tile**2), RP=padded(rank), BLOCK=block, ROWS=rows,
-                PRECISION=precision(x.dtype), PRODUCT=others is not None, SUM=bias,
+                PRECISION=precision(x.dtype), PRODUCT=others is not None, SUM=bias, num_warps=warps,
             )  # fmt: skip
     return channels, None if products is None else products.sum(0), None if sums is None else sums.sum(0)

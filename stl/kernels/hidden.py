@@ -106,7 +106,7 @@ def hidden(
 ) -> Tensor:
     """channels (r, P, M), decoder (r, t²), bias (m,), encoder (r', t²) → channels (r', P, M)."""
     output = channels.new_empty(len(encoder), *channels.shape[1:])
-    block = block_size(max(len(decoder), len(encoder)), tiling.columns, False)
+    block = block_size(tiling.columns, 64 if max(len(decoder), len(encoder)) > 32 else 128)
     if output.numel():
         with torch.cuda.device_of(channels):
             _hidden[(tiling.rows * ceil(tiling.columns / block),)](
@@ -128,7 +128,7 @@ def hidden_gradient(
     """The gradient (r', P, M) of what `hidden` gave → in one pass over memory, those of channels (r, P, M) and, in
     float32, of decoder (r, t²), encoder (r', t²) and bias (m,); and, as the second, its output again (r', P, M)."""
     dchannels, encoded = torch.empty_like(channels), torch.empty_like(gradient)
-    block = block_size(max(len(decoder), len(encoder)), tiling.columns, True)
+    block = block_size(tiling.columns, 64)
     blocks = ceil(tiling.columns / block)
     rows = rows_of_a_program(tiling.rows, blocks)
     chunks = ceil(tiling.rows / rows)

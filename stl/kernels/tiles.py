@@ -49,9 +49,17 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 or triton.knobs.runtime.interpret else "tf32"
 
 
-def block_size(rank: int, columns: int, sums: bool) -> int:
-    """Tiles that four warps take of a row of tiles: what their registers hold, beside `sums` where those are kept."""
-    return min(64 if sums or rank > 32 else 128, padded(columns))
+def block_size(columns: int, most: int) -> int:
+    """Tiles that a program takes of a row of tiles: as many as its kernel does well with, or all."""
+    return min(most, padded(columns))
+
+
+def most_tiles_and_warps(dtype: torch.dtype, sums: bool) -> tuple[int, int]:
+    """Of a program that encodes or decodes: in 16 bits the fastest of seven on an H200; float32 products and `sums`
+    need the registers of more warps."""
+    if sums:
+        return 64, 4
+    return 128, 4 if dtype == torch.float32 else 2
 
 
 def rows_of_a_program(rows: int, blocks: int) -> int:
