@@ -1,11 +1,15 @@
 """train.py and other programs of ours, in this process or in their own."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -35,10 +39,46 @@ def run(folder: Path, *overrides: str) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
+# Processes that begin with all imports done, which otherwise take longer than most of these runs.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["running", "eval", "data.digits", "data.shards", "models.augment", "models.t2t_vit"])
+
+
 def program(
-    *words: str, env: dict[str, str] | None = None, without: tuple[str, ...] = (), cwd: Path = ROOT
+    *words: str, env: dict[str, str] | None = None, without: tuple[str, ...] = (), cwd: Path = ROOT, fresh: bool = False
 ) -> subprocess.CompletedProcess:
-    """A program of ours in its own process, on one thread, with variables set or taken out of its environment."""
+    """A program of ours in its own process, on one thread, with variables set or taken out of its environment.
+
+    `fresh`: with an interpreter of its own, for what is decided when modules are imported.
+    """
     own = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     own = {name: value for name, value in own.items() if name not in without}
-    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, env=own)
+    if fresh:
+        return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, env=own)
+    with TemporaryDirectory() as folder:
+        process = SERVER.Process(target=_script, args=(words, own, cwd, Path(folder)))
+        process.start()
+        process.join()
+        output, errors = ((Path(folder) / name).read_text() for name in STREAMS)
+    return subprocess.CompletedProcess(words, process.exitcode, output, errors)
+
+
+STREAMS = ("stdout", "stderr")
+
+
+def _script(words: tuple[str, ...], env: dict[str, str], cwd: Path, folder: Path) -> None:
+    for descriptor, name in enumerate(STREAMS, 1):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    as_where_a_program_starts()
+    sys.argv = list(words)
+    sys.path.insert(0, str((ROOT / words[0]).parent))
+    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def as_where_a_program_starts() -> None:
+    """On one thread, and with the loader's workers forked."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)

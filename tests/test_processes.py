@@ -80,7 +80,7 @@ def test_a_sweep_of_runs_on_two_processes(tmp_path):
 
 def test_torchrun_gives_all_processes_one_folder(tmp_path):
     words = ["--standalone", "--nproc-per-node=2", str(ROOT / "train.py"), *SHORT]
-    result = program("-m", "torch.distributed.run", *words, cwd=tmp_path)
+    result = program("-m", "torch.distributed.run", *words, cwd=tmp_path, fresh=True)
     assert result.returncode == 0, result.stderr
     folders = list((tmp_path / "outputs" / "digits").iterdir())
     assert len(folders) == 1

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import QUICK, TIMES, program, run
+from running import QUICK, SERVER, TIMES, as_where_a_program_starts, program, run
 from sklearn.datasets import load_digits
 
 from train import one_line_errors
@@ -43,15 +42,12 @@ WORDS = [
     "logger=csv",
     "model.name=t2t_vit_tiny",
 ]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "running", "data.digits", "data.shards", "models.augment", "models.t2t_vit"])
 
 
 def job(folder: Path, words: list[str], fatal_write: int | None, most_bytes: int | None) -> None:
     """A run in a process of its own, which the n-th checkpoint kills when half of the file is written, or whose files
     cannot grow above a size."""
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as where train.py is started
+    as_where_a_program_starts()
     if most_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     if fatal_write is not None:

@@ -6,7 +6,8 @@ SHARED_MEMORY = 227 * 1024  # bytes that a block may take on an H100 or H200
 
 @pytest.mark.parametrize("basis", [("4", "49", "strassen", "bfloat16"), ("4", "24", "frame", "float32")])
 def test_every_kernel_compiles_for_an_h200_and_spills_nothing(basis):
-    done = program("tests/stl/kernels/compile_for_hopper.py", *basis, env={"TRITON_INTERPRET": "0", "PYTHONPATH": "."})
+    env = {"TRITON_INTERPRET": "0", "PYTHONPATH": "."}
+    done = program("tests/stl/kernels/compile_for_hopper.py", *basis, env=env, fresh=True)
     assert done.returncode == 0, done.stderr
     kernels = [line.split() for line in done.stdout.splitlines()]
     names = {name for name, *_ in kernels}
