@@ -1,6 +1,7 @@
 """Approximate and exact bases found by alternating least squares: the smallest error known here at S ≤ 64.
 
 als.json beside this file is a table by `scripts/find_bases.py`; each basis keeps its error, its S and how it was found.
+The exact ones are exact over the rationals (stl/cp/discretise.py).
 """
 
 from functools import cache

@@ -3,7 +3,8 @@
 A *job* is one (tile, rank) in one *cycle*. Its first round descends from many starts and keeps the best as chains;
 every further round hops from each chain to a new basin and keeps what is better; the last one polishes the best chain.
 What the jobs before it found is among the starts: a larger rank with columns dropped, a smaller one with columns added,
-Kronecker products of tile 2 for tile 4. The random numbers of a round depend on seed, job and round alone.
+Kronecker products of tile 2 for tile 4. An exact basis ends with entries 0, 1 and −1 where that succeeds. The
+random numbers of a round depend on seed, job and round alone.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch import Generator, Tensor
 
 from stl.basis import Basis, get_basis, list_bases
 from stl.cp.als import Factors, from_basis, minimise, to_basis
+from stl.cp.discretise import discretise
 from stl.cp.starts import hop, start_batch
 from stl.cp.table import check_size
 from stl.errors import SettingError
@@ -196,15 +198,17 @@ def exact_bases(tile: int) -> list[Basis]:
 
 
 def shorten(basis: Basis) -> Basis:
-    """The same basis with few decimals, unless it is exact."""
+    """The same basis with few decimals; an exact one with entries 0, 1 and −1, or as it is where that fails."""
     if basis.exact:
-        return basis
+        return discretise(basis) or basis
     short = (m.round(decimals=DECIMALS) + 0.0 for m in (basis.encode_x, basis.encode_w, basis.decode))
     return Basis(basis.name, basis.tile, basis.rank, *short)
 
 
 def is_better(basis: Basis, than: Basis | None, limit: float) -> bool:
-    """Whether it has S ≤ `limit` and a smaller error; two exact ones are equally good."""
+    """Whether it has S ≤ `limit` and a smaller error; of two exact ones, the one whose float64 error is 0 wins."""
     if not basis.amplification <= limit:
         return False
-    return than is None or than.amplification > limit or (basis.error < than.error and not than.exact)
+    if than is None or than.amplification > limit:
+        return True
+    return basis.error < than.error and (basis.error == 0 or not than.exact)

@@ -1,4 +1,4 @@
-"""The file of bases that a search writes and the family `als` reads: JSON, floats in full, a row of a matrix a line."""
+"""The file of bases that a search writes and a family reads: JSON, floats in full, a row of a matrix a line."""
 
 import json
 import os
@@ -27,9 +27,9 @@ class Entry:
 Table = dict[tuple[int, int], Entry]  # by (tile, rank)
 
 
-def read_entry(row: Any, where: str) -> Entry:
-    """Raises SettingError, which begins with `where`, if a field is missing or of another kind, a matrix has another
-    shape or a value that is not finite, or error and S are not those of the matrices."""
+def read_head(row: Any, where: str) -> tuple[int, int, str]:
+    """(tile, rank, `where` with the two); raises SettingError, which begins with `where`, if a field that every row has
+    is missing or of another kind."""
     if not isinstance(row, dict):
         raise SettingError(f"{where} is not an object with tile, rank, error, amplification, provenance and matrices")
     for key, kind in (("tile", int), ("rank", int), ("error", float), ("amplification", float), ("provenance", dict)):
@@ -37,7 +37,21 @@ def read_entry(row: Any, where: str) -> Entry:
             raise SettingError(f"{where}: {key}={row.get(key)!r} is missing or wrong; find it again")
     tile, rank = row["tile"], row["rank"]
     check_size(tile, rank, f"{where}: ")
-    where = f"{where}, tile={tile} rank={rank}"
+    return tile, rank, f"{where}, tile={tile} rank={rank}"
+
+
+def verify(row: dict, basis: Basis, where: str) -> None:
+    """Raises SettingError, which begins with `where`, if error and S of the row are not those of the basis."""
+    for key in ("error", "amplification"):
+        said, is_ = row[key], getattr(basis, key)
+        if not abs(said - is_) <= 1e-9 * abs(is_) + 1e-20:
+            raise SettingError(f"{where}: {key} is said to be {said!r} and is {is_!r}; the matrices were changed")
+
+
+def read_entry(row: Any, where: str) -> Entry:
+    """Raises SettingError, which begins with `where`, if a field is missing or of another kind, a matrix has another
+    shape or a value that is not finite, or error and S are not those of the matrices."""
+    tile, rank, where = read_head(row, where)
     matrices = []
     for role in ROLES:
         try:
@@ -48,10 +62,7 @@ def read_entry(row: Any, where: str) -> Entry:
         basis = Basis("als", tile, rank, *matrices)
     except SettingError as error:
         raise SettingError(f"{where}: {error}") from None
-    for key in ("error", "amplification"):
-        said, is_ = row[key], getattr(basis, key)
-        if not abs(said - is_) <= 1e-9 * abs(is_) + 1e-20:
-            raise SettingError(f"{where}: {key} is said to be {said!r} and is {is_!r}; the matrices were changed")
+    verify(row, basis, where)
     return Entry(basis, row["error"], row["amplification"], row["provenance"])
 
 
@@ -96,7 +107,7 @@ def entry_of(basis: Basis, provenance: dict[str, Any]) -> Entry:
 
 
 def write_table(path: Path, table: Table, about: str) -> None:
-    """Under its name only when it is whole. The same bases give the same bytes."""
+    """The same bases give the same bytes."""
     rows = []
     for _, entry in sorted(table.items()):
         basis = entry.basis
@@ -107,6 +118,11 @@ def write_table(path: Path, table: Table, about: str) -> None:
             lines = ",\n".join(json.dumps(line) for line in getattr(basis, role).tolist())
             fields.append(f'"{role}": [\n{lines}]')
         rows.append("{" + ",\n".join(fields) + "}")
+    write_rows(path, rows, about)
+
+
+def write_rows(path: Path, rows: list[str], about: str) -> None:
+    """What `read_rows` reads, `rows` in JSON already; under its name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(f'{{"about": {json.dumps(about)},\n"bases": [\n' + ",\n".join(rows) + "\n]}\n")

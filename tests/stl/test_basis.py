@@ -19,7 +19,12 @@ from stl.basis import available_ranks, least_squares_encode_w, matmul_tensor
 few = settings(deadline=None, derandomize=True, max_examples=20)
 
 ROLES = ("encode_x", "encode_w", "decode")
-EXACT = [("strassen", 2, 7), ("strassen", 4, 49), ("exact48", 4, 48)]
+EXACT = [
+    *(("strassen", tile, rank) for tile, rank in ((2, 7), (4, 49))),
+    *(("als", tile, rank) for tile, rank in ((2, 7), (3, 23), (4, 48), (4, 49))),
+    *((name, tile, tile**3) for name in ("group", "products") for tile in (2, 4)),
+    ("exact48", 4, 48),
+]
 # Whatever is registered is tested, at its smallest, middle and largest rank of the small tiles.
 SMALL = [
     (name, tile, rank)

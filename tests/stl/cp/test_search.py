@@ -132,11 +132,20 @@ def test_which_of_two_bases_is_better():
     assert not is_better(strassen, near, 3.9)
     assert is_better(near, strassen, 3.9)  # the limit comes first
     assert not is_better(plain, strassen, 64)
+    rough = Basis("rough", 2, 7, strassen.encode_x * (1 + 1e-13), strassen.encode_w, strassen.decode)
+    rougher = Basis("rougher", 2, 7, strassen.encode_x * (1 + 1e-12), strassen.encode_w, strassen.decode)
+    assert rough.exact
+    assert is_better(strassen, rough, 64)
+    assert not is_better(rough, rougher, 64)
 
 
-def test_an_exact_basis_is_not_rounded():
+def test_an_exact_basis_gets_signs_and_an_inexact_one_few_decimals(monkeypatch):
     third = Basis("third", 1, 1, *(torch.full((1, 1), value, dtype=torch.float64) for value in (3, 1 / 3, 1)))
-    assert shorten(third) is third
+    signs = shorten(third)
+    assert [signs.encode_x.item(), signs.encode_w.item(), signs.decode.item()] == [1, 1, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr("stl.cp.search.discretise", lambda basis: None)
+        assert shorten(third) is third
     inexact = Basis("inexact", 1, 1, *(torch.full((1, 1), value, dtype=torch.float64) for value in (2, 1 / 3, 1)))
     assert shorten(inexact).encode_w.item() == 0.333333333
 

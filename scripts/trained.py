@@ -1,0 +1,45 @@
+"""A trained model of a run with linear=dense, beside its data: what programs convert, and record from."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from data.datamodule import ImageDataModule
+from models.checkpoint import load_checkpoint, load_weights
+from stl import SettingError
+
+FACTS = ("model", "dataset", "epochs", "top1", "overrides")  # of a run, for files that were made from it
+
+
+def dense_run(folder: Path) -> tuple[nn.Module, ImageDataModule, dict[str, Any]]:
+    """The model in evaluation mode, its data, and FACTS of its summary.
+
+    Raises SettingError where the folder holds no run that train.py ended.
+    """
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        raise SettingError(
+            f"--run {folder} has no summary.json; give the folder of a run that train.py ended"
+        ) from None
+    checkpoint, path = load_checkpoint(folder / "checkpoints" / "last.ckpt")
+    config = OmegaConf.create(checkpoint["config"])
+    data = instantiate(config.data, seed=config.seed)
+    linear = instantiate(config.linear)
+    model = instantiate(config.model, num_classes=data.num_classes, img_size=data.image_size, linear=linear)
+    weights = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("model.")}
+    load_weights(nn.ModuleDict({"model": model}), {**checkpoint, "state_dict": weights}, path, checkpoint["config"])
+    data.setup("fit")
+    return model.eval(), data, {key: summary[key] for key in FACTS}
+
+
+def batches_of(data: ImageDataModule, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images as the model takes them, and labels, of "train" or "val"."""
+    for images, labels in getattr(data, f"{split}_dataloader")():
+        yield (data.normalise(images) if images.dtype == torch.uint8 else images), labels
