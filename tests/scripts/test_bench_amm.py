@@ -4,23 +4,19 @@ import json
 import math
 import shutil
 import sys
-from pathlib import Path
 
+import amm_matrices
+import amm_report
+import amm_rivals as rivals
+import bench_amm
+import benchmarking
 import pytest
 import torch
+from amm_rivals import Weight
 from running import QUICK, run
 from torch.utils.flop_counter import FlopCounterMode
 
 from stl import get_basis, stl_matmul
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import amm_matrices  # noqa: E402
-import amm_report  # noqa: E402
-import amm_rivals as rivals  # noqa: E402
-import bench_amm  # noqa: E402
-import benchmarking  # noqa: E402
-from amm_rivals import Weight  # noqa: E402
 
 
 def gaussian(n=64, k=96, m=80, samples=1, seed=0):

@@ -2,18 +2,14 @@
 
 import json
 import sys
-from pathlib import Path
 
+import bench_blocks
+import benchmarking
 import pytest
 import torch
+from bench_blocks import Bench, Block
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import bench_blocks  # noqa: E402
-import benchmarking  # noqa: E402
-from bench_blocks import Bench, Block  # noqa: E402
-
-from stl import STLMLP  # noqa: E402
+from stl import STLMLP
 
 TOP = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
 MLP = Block("mlp", 2, 5, 8, 12)

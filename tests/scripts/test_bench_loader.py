@@ -5,14 +5,11 @@ import sys
 import types
 from pathlib import Path
 
+import bench_loader
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import bench_loader  # noqa: E402
 
 
 @pytest.fixture

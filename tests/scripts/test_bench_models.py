@@ -2,16 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
+import bench_models
+import benchmarking
 import pytest
+import throughput
 import torch
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import bench_models  # noqa: E402
-import benchmarking  # noqa: E402
-import throughput  # noqa: E402
 
 ERRORS = {f"{plain}{name}": 0.01 for plain in ("", "plain_") for name in ("error", "gradient_error")}
 

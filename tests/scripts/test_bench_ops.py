@@ -3,16 +3,12 @@
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
+import bench_ops
+import benchmarking
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import bench_ops  # noqa: E402
-import benchmarking  # noqa: E402
-from bench_ops import Shape  # noqa: E402
+from bench_ops import Shape
 
 TOP = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
 

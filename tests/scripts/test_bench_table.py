@@ -4,12 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+import bench_table
 import matplotlib.image
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import bench_table  # noqa: E402
 
 MACHINE = {
     "gpu": "GPU X",

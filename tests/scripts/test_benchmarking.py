@@ -1,20 +1,15 @@
 """scripts/benchmarking.py: that nothing wrong has a time, and what the numbers beside a time are."""
 
 import json
-import sys
 from argparse import Namespace
-from pathlib import Path
 
+import benchmarking
 import pytest
 import torch
+from benchmarking import Method, describe, measure, relative_error
 from torch import nn
 
 from stl import STLMLP, SettingError, STLLinear, fuse_mlps
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import benchmarking  # noqa: E402
-from benchmarking import Method, describe, measure, relative_error  # noqa: E402
 
 TOP = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
 ONES = torch.ones(4, 4)

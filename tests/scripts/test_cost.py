@@ -4,12 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import cost
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import cost  # noqa: E402
-
 MACHINE = {"gpu": "GPU X", "date": "2026-01-02T00:00:00", "git_commit": "0123456789abcdef", "versions": {"torch": "2"}}
 LOADER = {
     "machine": {**MACHINE, "gpu": None, "cpu": "CPU Y"},

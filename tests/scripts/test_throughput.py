@@ -2,15 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
+import throughput
 import torch
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import throughput  # noqa: E402
-from throughput import Case, How  # noqa: E402
+from throughput import Case, How
 
 QUICK = How(repeats=2, calls=1, image_size=32, compile_mode=None, device="cpu")
 HERE = {"gpu": "X", "driver": "1", "versions": {"torch": "2"}, "git_commit": "abc", "compile": None, "date": "today"}
