@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from stl.attention import STLMultiheadAttention, dense_projections
 from stl.basis import get_basis
-from stl.calibration import ASSUMED, LayerCalibration, calibrate
+from stl.calibration import LayerCalibration, calibrate
 from stl.errors import SettingError
 from stl.functional import ROW_AXES
 from stl.linear import STLLinear
@@ -134,7 +134,7 @@ def convert(
                 setattr(place.parent, place.attribute, place.layer)
             raise
     elif from_dense:
-        report.assumed = ASSUMED
+        report.assumed = "no calibration data: the weights are encoded for i.i.d. zero-mean inputs"
     _leave_fused_paths(model)
     return report
 

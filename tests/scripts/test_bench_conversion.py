@@ -9,7 +9,7 @@ import pytest
 from running import QUICK, run
 from trained import batches_of, dense_run
 
-from stl import calibration
+from stl.calibration import layer, sample
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,9 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def program(monkeypatch):
-    for name, value in (("RIDGES", (1.0,)), ("MAX_STEPS", 1), ("PROBED", 1), ("BASIS_STEPS", 1), ("MAX_TILES", 16)):
-        monkeypatch.setattr(calibration, name, value)
+    for name, value in (("RIDGES", (1.0,)), ("MAX_STEPS", 1), ("PROBED", 1), ("BASIS_STEPS", 1)):
+        monkeypatch.setattr(layer, name, value)
+    monkeypatch.setattr(sample, "MAX_TILES", 16)
     monkeypatch.setattr(bench_conversion, "BATCH", 4)
 
     def run_it(*words):

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from stl import SettingError, STLLinear, convert, get_basis
 from stl.basis import least_squares_encode_w
-from stl.calibration import LayerCalibration, Problem, corrections, effective_rank
+from stl.calibration import LayerCalibration
+from stl.calibration.sample import effective_rank
+from stl.calibration.system import Problem, corrections
 from stl.functional import encode_weight
 
 SETTINGS = {"tile": 2, "rank": 5, "basis": "frame", "from_dense": True}
@@ -280,7 +282,7 @@ def test_batches_are_taken_as_a_loader_gives_them():
 
 
 def test_only_a_bounded_sample_of_the_rows_is_kept(monkeypatch):
-    monkeypatch.setattr("stl.calibration.MAX_TILES", 40)
+    monkeypatch.setattr("stl.calibration.sample.MAX_TILES", 40)
     model = nn.Sequential(nn.Linear(8, 8)).double()
     done = convert(model, calibration=list(correlated(64, 8, 8).split(8)), **SETTINGS).calibrated["0"]
     assert done.rows == 2 * 40
