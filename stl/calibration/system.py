@@ -43,8 +43,8 @@ class Problem:
     def scaling(self, encoder: Tensor) -> Callable[[Tensor], Tensor]:
         """The map S on (r, K, b) for which apply∘S is an isometry in the mean over i.i.d. inputs, up to padding.
 
-        Then adjoint·apply is G ⊗ diag(N·power), with the G of the package's docstring. G is singular for some bases, and
-        power is zero where an input is always zero: both are bounded below.
+        Then adjoint·apply is G ⊗ diag(N·power), with the G of the package's docstring. G is singular for some bases,
+        and power is zero where an input is always zero: both are bounded below.
         """
         encode, decode = encoder.double(), self.decoder.double()
         values, vectors = torch.linalg.eigh((encode @ encode.T) * (decode @ decode.T))
