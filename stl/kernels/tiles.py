@@ -55,8 +55,7 @@ def block_size(columns: int, most: int) -> int:
 
 
 def most_tiles_and_warps(dtype: torch.dtype, sums: bool) -> tuple[int, int]:
-    """Of a program that encodes or decodes: in 16 bits the fastest of seven on an H200; float32 products and `sums`
-    need the registers of more warps."""
+    """Of a program that encodes or decodes; float32 products and `sums` need the registers of more warps."""
     if sums:
         return 64, 4
     return 128, 4 if dtype == torch.float32 else 2
