@@ -105,7 +105,7 @@ def sparse(x: Tensor, w: Tensor, bias: Tensor) -> Method:
     best = torch._cslt_sparse_mm_search(compressed, x.T, bias, transpose_result=True)
 
     def run() -> tuple[Tensor, ...]:
-        return (torch._cslt_sparse_mm(compressed, x.T, bias, alg_id=best, transpose_result=True).T,)
+        return (torch._cslt_sparse_mm(compressed, x.T, bias, alg_id=best, transpose_result=True),)
 
     def wanted() -> tuple[Tensor, ...]:
         return (F.linear(x.float(), pruned.float(), bias.float()),)

@@ -5,37 +5,49 @@ import triton.language as tl
 
 
 @triton.jit
-def activate(y, NAME: tl.constexpr):
-    """The activation of this name."""
-    if NAME == "gelu":
-        return 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
-    elif NAME == "gelu_tanh":
-        return y * tl.sigmoid(_twice_the_argument(y))
-    elif NAME == "relu":
+def activate(y, NAME: tl.constexpr, LOW: tl.constexpr):
+    """The activation of this name; LOW: to what 16 bits hold."""
+    if NAME == "relu":
         return tl.maximum(y, 0.0)
     else:
-        tl.static_assert(NAME == "silu")
-        return y * tl.sigmoid(y)
+        return y * _gate(y, NAME, LOW)
 
 
 @triton.jit
-def slope(y, NAME: tl.constexpr):
+def slope(y, NAME: tl.constexpr, LOW: tl.constexpr):
     """Its derivative."""
-    if NAME == "gelu":
-        density = tl.exp(-0.5 * y * y) * 0.3989422804014327
-        return 0.5 * (1 + tl.erf(y * 0.7071067811865476)) + y * density
-    elif NAME == "gelu_tanh":
-        gate = tl.sigmoid(_twice_the_argument(y))
-        return gate + y * gate * (1 - gate) * 1.5957691216057308 * (1 + 3 * 0.044715 * y * y)
-    elif NAME == "relu":
+    if NAME == "relu":
         return tl.where(y > 0, 1.0, 0.0)
+    elif NAME == "gelu":
+        density = tl.exp2(-0.7213475204444817 * y * y) * 0.3989422804014327
+        return _gate(y, NAME, LOW) + y * density
+    elif NAME == "gelu_tanh":
+        gate = _gate(y, NAME, LOW)
+        return gate + y * gate * (1 - gate) * 1.5957691216057308 * (1 + 3 * 0.044715 * y * y)
     else:
-        tl.static_assert(NAME == "silu")
-        gate = tl.sigmoid(y)
+        gate = _gate(y, NAME, LOW)
         return gate + y * gate * (1 - gate)
 
 
 @triton.jit
-def _twice_the_argument(y):
-    """2·√(2/π)·(y + 0.044715·y³), since 0.5·(1 + tanh z) = sigmoid(2z): Hendrycks and Gimpel, arXiv 1606.08415."""
-    return 1.5957691216057308 * (y + 0.044715 * y * y * y)
+def _gate(y, NAME: tl.constexpr, LOW: tl.constexpr):
+    """What an activation that is no ReLU multiplies y with: Φ(y), or a sigmoid."""
+    if NAME == "gelu" and LOW:
+        # Φ as a sigmoid; its argument, in powers of two, is fitted: y·Φ(y) is within 3.1e-6, without erf's branches.
+        s = y * y
+        z = (3.22908648e-06 * s - 8.82397517e-05) * s - 3.60266812e-04
+        return _sigmoid(y * ((z * s + 1.05226677e-01) * s + 2.30204539e00))
+    elif NAME == "gelu":
+        return 0.5 + 0.5 * tl.erf(y * 0.7071067811865476)
+    elif NAME == "gelu_tanh":
+        # 0.5·(1 + tanh z) = sigmoid(2z): Hendrycks and Gimpel, arXiv 1606.08415
+        return _sigmoid(y * (2.302208198144325 + 0.10294324 * y * y))
+    else:
+        tl.static_assert(NAME == "silu")
+        return _sigmoid(1.4426950408889634 * y)
+
+
+@triton.jit
+def _sigmoid(z):
+    """1/(1 + 2⁻ᶻ)."""
+    return 1 / (1 + tl.exp2(-z))

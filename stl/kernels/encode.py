@@ -1,23 +1,20 @@
 """Tiles to channels: channels[q] = Σ_e matrix[q, e]·tile[e]. The encode of a layer, and the first step of its backward
 pass, where the gradient of the output meets the decoder."""
 
-from math import ceil
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from stl.kernels.tiles import (
+    MANY_PROGRAMS,
     Tiling,
-    block_size,
     channel_places,
+    constants,
+    divide,
+    divide_for_sums,
     load_basis,
-    most_tiles_and_warps,
     multiply,
-    padded,
-    precision,
-    rows_of_a_program,
     store_column_sums,
     store_product,
     tile_places,
@@ -29,7 +26,7 @@ def _encode(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
     matrix, channels, others, products, sums,
     T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr, FULL: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """A program takes the same BLOCK tiles of ROWS rows of tiles, one row after the other."""
     pid = tl.program_id(0)
@@ -40,10 +37,10 @@ def _encode(
     product = tl.zeros((RP, TT), tl.float32)
     total = tl.zeros((TT, BLOCK), tl.float32)
     for step in range(ROWS):
-        p = (chunk * ROWS + step).to(tl.int64)
-        places, exists = tile_places(p, j, N, n, k, P, stride_b, stride_n, stride_k, T, TT)
+        p = chunk * ROWS + step
+        places, exists = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL)
         tiles = tl.load(x + places, mask=exists, other=0.0)
-        places, exists = channel_places(p, j, P, K, R, RP)
+        places, exists = channel_places(p, j, P, K, R, RP, FULL)
         encoded = multiply(basis, tiles, None, PRECISION)
         tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exists)
         if PRODUCT:
@@ -78,19 +75,16 @@ def _launch(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     rank, tiling = len(matrix), Tiling(x.shape[0], x.shape[1], x.shape[2], tile)
     channels = x.new_empty(rank, tiling.rows, tiling.columns)
-    sums_kept = others is not None or bias
-    most, warps = most_tiles_and_warps(x.dtype, sums_kept)
-    block = block_size(tiling.columns, most)
-    blocks = ceil(tiling.columns / block)
-    rows = rows_of_a_program(tiling.rows, blocks) if sums_kept else 1
-    chunks = ceil(tiling.rows / rows)
-    products = None if others is None else x.new_empty(chunks * blocks, rank, tile**2, dtype=torch.float32)
-    sums = x.new_empty(chunks, x.shape[2], dtype=torch.float32) if bias else None
+    if others is None and not bias:
+        grid = divide(tiling, 128, 8 if x.dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=1)
+    else:
+        grid = divide_for_sums(tiling, x.dtype, rank)
+    products = None if others is None else x.new_empty(grid.programs, rank, tile**2, dtype=torch.float32)
+    sums = x.new_empty(grid.chunks, x.shape[2], dtype=torch.float32) if bias else None
     if channels.numel():
         with torch.cuda.device_of(x):
-            _encode[(chunks * blocks,)](
+            _encode[(grid.programs,)](
                 x, *x.stride(), *tiling.sizes(), matrix, channels, others, products, sums,
-                T=tile, R=rank, TT=padded(tile**2), RP=padded(rank), BLOCK=block, ROWS=rows,
-                PRECISION=precision(x.dtype), PRODUCT=others is not None, SUM=bias, num_warps=warps,
+                **constants(tiling, rank, x.dtype, grid), PRODUCT=others is not None, SUM=bias,
             )  # fmt: skip
     return channels, None if products is None else products.sum(0), None if sums is None else sums.sum(0)

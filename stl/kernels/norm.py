@@ -15,13 +15,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from stl.kernels.linear import as_autocast, as_samples, encode_gemm_macs, rows_of_tiles, sample_view, tile_of, wanted
 from stl.kernels.tiles import (
+    PROGRAMS,
+    Grid,
     Tiling,
+    by_column,
     channel_places,
+    constants,
+    divide,
     load_basis,
     multiply,
     padded,
-    precision,
-    rows_of_a_program,
     store_column_sums,
     store_product,
     tile_places,
@@ -57,10 +60,11 @@ def _row_means(values, k, T: tl.constexpr, TT: tl.constexpr):
 
 @triton.jit
 def _load_normalised(
-    x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T: tl.constexpr, TT: tl.constexpr, CENTRE: tl.constexpr
-):
+    x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T: tl.constexpr, TT: tl.constexpr, FULL: tl.constexpr,
+    CENTRE: tl.constexpr,
+):  # fmt: skip
     """(x̂, 1/σ of its rows, offsets of its entries in x, which of them exist)."""
-    places, exist = tile_places(p, j, N, n, k, P, stride_b, stride_n, stride_k, T, TT)
+    places, exist = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL)
     tiles = tl.load(x + places, mask=exist, other=0.0).to(tl.float32)
     if CENTRE:
         tiles = tl.where(exist, tiles - _row_means(tiles, k, T, TT), 0.0)
@@ -69,29 +73,22 @@ def _load_normalised(
 
 
 @triton.jit
-def _by_column(vector, j, k, T: tl.constexpr, TT: tl.constexpr):
-    """A number for each feature, as (TT, BLOCK)."""
-    column = j[None, :] * T + tl.arange(0, TT)[:, None] % T
-    return tl.load(vector + column, mask=column < k, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _norm_encode(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
     gain, shift, eps, matrix, channels,
-    T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, FULL: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    p = tl.program_id(0).to(tl.int64)
+    p = tl.program_id(0)
     j = tl.arange(0, BLOCK)
     tiles, _, _, exist = _load_normalised(
-        x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T, TT, CENTRE
+        x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T, TT, FULL, CENTRE
     )  # fmt: skip
-    tiles *= _by_column(gain, j, k, T, TT)
+    tiles *= by_column(gain, j, k, T, TT)
     if SHIFT:
-        tiles = tl.where(exist, tiles + _by_column(shift, j, k, T, TT), 0.0)
+        tiles = tl.where(exist, tiles + by_column(shift, j, k, T, TT), 0.0)
     encoded = multiply(load_basis(matrix, R, T, RP, TT), tiles.to(matrix.dtype.element_ty), None, PRECISION)
-    places, exist = channel_places(p, j, P, K, R, RP)
+    places, exist = channel_places(p, j, P, K, R, RP, FULL)
     tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exist)
 
 
@@ -100,26 +97,26 @@ def _norm_encode_backward(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
     gain, shift, eps, matrix, gradient, dx, dx_b, dx_n, dx_k, encoded, products, dgain, dshift,
     T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
+    PRECISION: tl.constexpr, FULL: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS rows of tiles, one after the other."""
     pid = tl.program_id(0)
     j = tl.arange(0, BLOCK)
     basis = load_basis(matrix, R, T, RP, TT)
-    gains = _by_column(gain, j, k, T, TT)
+    gains = by_column(gain, j, k, T, TT)
     product = tl.zeros((RP, TT), tl.float32)
     gain_sum = tl.zeros((TT, BLOCK), tl.float32)
     shift_sum = tl.zeros((TT, BLOCK), tl.float32)
     for step in range(ROWS):
-        p = (pid * ROWS + step).to(tl.int64)
+        p = pid * ROWS + step
         unit, scale, _, exist = _load_normalised(
-            x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T, TT, CENTRE
+            x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T, TT, FULL, CENTRE
         )  # fmt: skip
         tiles = unit * gains
         if SHIFT:
-            tiles = tl.where(exist, tiles + _by_column(shift, j, k, T, TT), 0.0)
+            tiles = tl.where(exist, tiles + by_column(shift, j, k, T, TT), 0.0)
         tiles = tiles.to(matrix.dtype.element_ty)
-        places, exist_coded = channel_places(p, j, P, K, R, RP)
+        places, exist_coded = channel_places(p, j, P, K, R, RP, FULL)
         coded = tl.load(gradient + places, mask=exist_coded, other=0.0)
         again = multiply(basis, tiles, None, PRECISION)
         tl.store(encoded + places, again.to(encoded.dtype.element_ty), mask=exist_coded)
@@ -131,7 +128,7 @@ def _norm_encode_backward(
         inner = dtiles - unit * _row_means(dtiles * unit, k, T, TT)
         if CENTRE:
             inner -= _row_means(dtiles, k, T, TT)
-        places, exist = tile_places(p, j, N, n, k, P, dx_b, dx_n, dx_k, T, TT)
+        places, exist = tile_places(p, j, N, P, n, k, dx_b, dx_n, dx_k, T, TT, FULL)
         tl.store(dx + places, (inner * scale).to(dx.dtype.element_ty), mask=exist)
     store_product(product, products, pid, R, T, RP, TT)
     store_column_sums(gain_sum, dgain, pid, j, k, T, TT)
@@ -159,7 +156,7 @@ def _norm_encode_gemm(
         with torch.cuda.device_of(x):
             _norm_encode[(tiling.rows,)](
                 samples, *samples.stride(), *tiling.sizes(), gain, shift, eps, encoder.contiguous(), channels,
-                **_constants(tiling, encoder, centre, shift),
+                **_constants(tiling, encoder, centre, shift, _grid(tiling, 1)),
             )  # fmt: skip
     return torch.bmm(channels, weight)
 
@@ -188,17 +185,16 @@ def _norm_encode_gemm_backward(
     dsamples = sample_view(dx, rows_first)
     dencoded = torch.bmm(gradient, weight.mT)
     encoded = torch.empty_like(dencoded)
-    rows = rows_of_a_program(tiling.rows, 1)
-    programs = ceil(tiling.rows / rows)
-    products = x.new_empty(programs, *encoder.shape, dtype=torch.float32)
-    dgain = x.new_empty(programs, tiling.k, dtype=torch.float32)
+    grid = _grid(tiling, 1024)
+    products = x.new_empty(grid.programs, *encoder.shape, dtype=torch.float32)
+    dgain = x.new_empty(grid.programs, tiling.k, dtype=torch.float32)
     dshift = None if shift is None else torch.empty_like(dgain)
     if encoded.numel():
         with torch.cuda.device_of(x):
-            _norm_encode_backward[(programs,)](
-                samples, *samples.stride(), *tiling.sizes(), gain, shift, eps, encoder.contiguous(), dencoded,
-                dsamples, *dsamples.stride(), encoded, products, dgain, dshift,
-                ROWS=rows, **_constants(tiling, encoder, centre, shift),
+            _norm_encode_backward[(grid.programs,)](
+                samples, *samples.stride(), *tiling.sizes(), gain, shift, eps, encoder.contiguous(),
+                dencoded, dsamples, *dsamples.stride(), encoded, products, dgain, dshift,
+                **_constants(tiling, encoder, centre, shift, grid),
             )  # fmt: skip
     return (
         dx,
@@ -242,15 +238,14 @@ def _(gradient, x, gain, shift, weight, encoder, *_, **__) -> int:
     return 2 * (3 * coded + 2 * core)
 
 
-def _constants(tiling: Tiling, encoder: Tensor, centre: bool, shift: Tensor | None) -> dict[str, int | str | bool]:
-    return {
-        "T": tiling.tile,
-        "R": len(encoder),
-        "TT": padded(tiling.tile**2),
-        "RP": padded(len(encoder)),
-        "BLOCK": padded(tiling.columns),
-        "PRECISION": precision(encoder.dtype),
-        "CENTRE": centre,
-        "SHIFT": shift is not None,
-        "num_warps": 4 if tiling.columns <= 64 else 8,
-    }
+def _grid(tiling: Tiling, most_rows: int) -> Grid:
+    """Whole rows of tiles for each program."""
+    columns = padded(tiling.columns)
+    rows = divide(tiling._replace(k=columns * tiling.tile), columns, 1, PROGRAMS, most_rows).rows
+    return Grid(columns, rows, 4 if tiling.columns <= 64 else 8, 1, ceil(tiling.rows / rows))
+
+
+def _constants(tiling: Tiling, encoder: Tensor, centre: bool, shift: Tensor | None, grid: Grid) -> dict[str, Any]:
+    # Loads ahead of their use (num_stages) take registers that a whole row leaves no room for.
+    more = {"CENTRE": centre, "SHIFT": shift is not None, "num_stages": 1}
+    return {**constants(tiling, len(encoder), encoder.dtype, grid), **more}

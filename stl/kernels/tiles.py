@@ -6,14 +6,16 @@ tiles p: their entries as (TT, BLOCK), row-major inside a tile, their channels a
 rounded up to what `tl.dot` takes; the rest is zeros.
 """
 
-from math import ceil
-from typing import NamedTuple
+from math import ceil, log2
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-PROGRAMS = 4096  # of a launch that leaves sums behind: about eight on each multiprocessor at a time, a few times over
+# Programs of a launch. Where each leaves sums behind, those of one warp that a GPU of 132 multiprocessors holds at
+# once; else a few times what it holds.
+PROGRAMS, MANY_PROGRAMS = 1408, 3200
 
 
 class Tiling(NamedTuple):
@@ -49,21 +51,58 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 or triton.knobs.runtime.interpret else "tf32"
 
 
-def block_size(columns: int, most: int) -> int:
-    """Tiles that a program takes of a row of tiles: as many as its kernel does well with, or all."""
-    return min(most, padded(columns))
+class Grid(NamedTuple):
+    """How a launch divides the tiles: each program takes `block` tiles of `rows` rows of tiles, by `warps` warps."""
+
+    block: int
+    rows: int
+    warps: int
+    blocks: int
+    chunks: int
+
+    @property
+    def programs(self) -> int:
+        return self.blocks * self.chunks
 
 
-def most_tiles_and_warps(dtype: torch.dtype, sums: bool) -> tuple[int, int]:
-    """Of a program that encodes or decodes; float32 products and `sums` need the registers of more warps."""
-    if sums:
-        return 64, 4
-    return 128, 4 if dtype == torch.float32 else 2
+def divide(tiling: Tiling, block: int, warps: int, programs: int, most_rows: int = 1024) -> Grid:
+    """The grid of a kernel that does well with `block` tiles of 4 × 4 in `warps` warps.
+
+    Of larger tiles as many entries; half of the block and the warps where less of the last block is then empty. As
+    many rows one after the other as leave this number of programs, since what a program has loaded serves all of them
+    and what it sums is one share; a power of two, since a kernel is compiled for it.
+    """
+    whole = block * 16 // padded(tiling.tile**2)
+    size = min(whole if tiling.columns % whole == 0 else max(16, whole // 2), padded(tiling.columns))
+    blocks = ceil(tiling.columns / size)
+    rows = min(most_rows, 2 ** int(log2(max(1, tiling.rows * blocks // programs))))
+    return Grid(size, rows, max(1, warps * size // whole), blocks, ceil(tiling.rows / rows))
 
 
-def rows_of_a_program(rows: int, blocks: int) -> int:
-    """Rows of tiles that a program takes where each leaves a partial sum behind: few sums, and enough programs."""
-    return max(1, rows * blocks // PROGRAMS)
+def divide_for_sums(tiling: Tiling, dtype: torch.dtype, rank: int) -> Grid:
+    """The grid of a kernel whose programs each leave a share of a sum behind."""
+    return divide(tiling, 64, 1 if dtype != torch.float32 and rank <= 32 else 4, PROGRAMS)
+
+
+def constants(tiling: Tiling, rank: int, dtype: torch.dtype, grid: Grid) -> dict[str, Any]:
+    """What a kernel is compiled for. FULL: whether all rows of its programs exist, all entries of the tiles that
+    exist, and all tiles of its blocks."""
+    entries = tiling.tile**2
+    return {
+        "T": tiling.tile,
+        "R": rank,
+        "TT": padded(entries),
+        "RP": padded(rank),
+        "BLOCK": grid.block,
+        "ROWS": grid.rows,
+        "PRECISION": precision(dtype),
+        "FULL": (
+            tiling.n % tiling.tile == 0 and tiling.rows % grid.rows == 0,
+            tiling.k % tiling.tile == 0 and entries == padded(entries),
+            tiling.columns % grid.block == 0,
+        ),
+        "num_warps": grid.warps,
+    }
 
 
 @triton.jit
@@ -82,20 +121,54 @@ def load_basis(matrix, R: tl.constexpr, T: tl.constexpr, RP: tl.constexpr, TT: t
 
 
 @triton.jit
-def tile_places(p, j, N, n, k, P, stride_b, stride_n, stride_k, T: tl.constexpr, TT: tl.constexpr):
+def tile_places(
+    p, j, N, P, n, k, stride_b, stride_n, stride_k, T: tl.constexpr, TT: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
     """Offsets (TT, BLOCK) of the entries of the tiles j in the row of tiles p, and which of them exist."""
     e = tl.arange(0, TT)[:, None]
-    row = (p % N) * T + e // T
+    row = ((p % N) * T).to(tl.int64) + e // T
     column = j[None, :] * T + e % T
-    exists = (e < T * T) & (row < n) & (column < k) & (p < P)
-    return (p // N) * stride_b + row * stride_n + column.to(tl.int64) * stride_k, exists
+    places = (p // N).to(tl.int64) * stride_b + row * stride_n + column.to(tl.int64) * stride_k
+    return places, tiles_exist(p, j, N, P, n, k, T, TT, FULL)
 
 
 @triton.jit
-def channel_places(p, j, P, K, R: tl.constexpr, RP: tl.constexpr):
+def tiles_exist(
+    p, j, N, P, n, k, T: tl.constexpr, TT: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Which entries (TT, BLOCK) exist of the tiles j in the row of tiles p; only what can be false is computed."""
+    e = tl.arange(0, TT)[:, None]
+    exist = tl.full((TT, j.shape[0]), True, tl.int1)
+    if not FULL[0]:
+        exist = exist & ((p % N) * T + e // T < n) & (p < P)
+    if not FULL[1]:
+        exist = exist & (e < T * T) & (j[None, :] * T + e % T < k)
+    elif not FULL[2]:
+        exist = exist & (j[None, :] * T < k)
+    return exist
+
+
+@triton.jit
+def channel_places(p, j, P, K, R: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr):
     """Offsets (RP, BLOCK) of the channels of the tiles j in the row of tiles p, and which of them exist."""
     q = tl.arange(0, RP)[:, None]
-    return (q * P + p) * K + j[None, :], (q < R) & (j[None, :] < K) & (p < P)
+    exist = tl.full((RP, j.shape[0]), True, tl.int1)
+    if R < RP:
+        exist = exist & (q < R)
+    if not FULL[0]:
+        exist = exist & (p < P)
+    if not FULL[2]:
+        exist = exist & (j[None, :] < K)
+    return (q * P + p.to(tl.int64)) * K + j[None, :], exist
+
+
+@triton.jit
+def by_column(vector, j, k, T: tl.constexpr, TT: tl.constexpr):
+    """A number for each of the k features, as float32 (TT, BLOCK); 0 behind the last."""
+    column = j[None, :] * T + tl.arange(0, TT)[:, None] % T
+    return tl.load(vector + column, mask=column < k, other=0.0).to(tl.float32)
 
 
 @triton.jit

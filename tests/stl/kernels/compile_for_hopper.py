@@ -27,7 +27,7 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 def compile_only(kernel: JITFunction, *arguments, grid, warmup, **options) -> None:
     """In the place of a launch: what Triton would compile for these arguments."""
     bound = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-    settings = {name: bound.pop(name) for name in ("num_warps",) if name in bound}
+    settings = {name: bound.pop(name) for name in ("num_warps", "num_stages") if name in bound}
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = bound[name]
@@ -58,9 +58,9 @@ def spilled(binary: bytes) -> int:
 def main(tile: int, rank: int, name: str, dtype: torch.dtype) -> None:
     basis = get_basis(name, tile, rank)
     encoder, decoder = (matrix.to(dtype).requires_grad_() for matrix in (basis.encode_x, basis.decode))
-    width = 64 * tile
+    width = 128 * tile
     x, gain, shift, bias = (torch.ones(*size, width, dtype=dtype).requires_grad_() for size in ((2, 16), (), (), ()))
-    weight = torch.ones(rank, 64, 64, dtype=dtype).requires_grad_()
+    weight = torch.ones(rank, 128, 128, dtype=dtype).requires_grad_()
     layer = (weight, encoder, decoder, bias)
     mlp.mlp(x, layer, layer, "gelu", "tokens", width, width).sum().backward()
     torch.ops.stl.norm_encode_gemm(x, gain, shift, weight, encoder, 1e-6, True, False).sum().backward()
