@@ -15,26 +15,56 @@ TILES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_NORMALISED_TILES = 256  # in a row of tiles, which one program then holds
 HIGHEST_RANK = 64  # the channels of a block of tiles stay in registers
+LEAST_WORK, LEAST_WORK_OF_TRAINING = 2**24, 2**26
 
 
 def use_triton(backend: str, x: Tensor, tile: int, rank: int) -> bool:
-    """Whether the kernels take this call; "auto" leaves it to the reference until a measured rule says otherwise.
+    """Whether the kernels take this call; "auto" leaves to the reference what is slower by them, or impossible.
 
     Raises SettingError where backend="triton" is impossible.
     """
-    if backend != "triton":
+    if backend == "torch":
         return False
-    for name, value, allowed in (("tile", tile, TILES), ("dtype", autocast_dtype(x) or x.dtype, DTYPES)):
-        if value not in allowed:
-            choices = ", ".join(str(choice) for choice in allowed)
-            raise SettingError(f"backend='triton' has no {name} {value}, only {choices}; use backend='auto'")
-    if rank > HIGHEST_RANK:
-        raise SettingError(f"backend='triton' has ranks to {HIGHEST_RANK}, not {rank}; use backend='auto'")
-    if not HAS_TRITON:
-        raise SettingError("backend='triton' needs the package triton, which is not installed; use backend='auto'")
-    if not (x.is_cuda or INTERPRETED):
-        raise SettingError(
-            f"backend='triton' needs tensors on a GPU, x is on {x.device}; use backend='auto', or set "
-            "TRITON_INTERPRET=1 before Python starts, which runs kernels on the CPU, very slowly"
-        )
+    dtype = autocast_dtype(x) or x.dtype
+    reason = _impossible(x, dtype, tile, rank)
+    if backend == "auto":
+        # The CPU's time counts only where what it launches is not recorded.
+        recorded = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        work = None if recorded else x.numel() * rank // tile**2
+        return x.is_cuda and not reason and is_faster(dtype, rank, work, torch.is_grad_enabled())
+    if reason:
+        raise SettingError(f"backend='triton' {reason}")
     return True
+
+
+def is_faster(dtype: torch.dtype, rank: int, work: int | None, training: bool) -> bool:
+    """The rule of "auto", measured on an H200: whether the kernels are faster than the reference.
+
+    As the GPU's work they are, but for float32 products of more than 32 channels. Called one by one (`work`: the
+    numbers of the encoded input) they also cost the CPU more, up to a size; compiled, or in a CUDA graph, `work` is
+    None.
+    """
+    if dtype == torch.float32 and rank > 32:
+        return False
+    return work is None or work >= (LEAST_WORK_OF_TRAINING if training else LEAST_WORK)
+
+
+def _impossible(x: Tensor, dtype: torch.dtype, tile: int, rank: int) -> str | None:
+    """Why the kernels cannot take this call."""
+    for name, value, allowed in (("tile", tile, TILES), ("dtype", dtype, DTYPES)):
+        if value not in allowed:
+            return f"has no {name} {value}, only {', '.join(str(choice) for choice in allowed)}; use backend='auto'"
+    if rank > HIGHEST_RANK:
+        return f"has ranks to {HIGHEST_RANK}, not {rank}; use backend='auto'"
+    if not HAS_TRITON:
+        return "needs the package triton, which is not installed; use backend='auto'"
+    if INTERPRETED:
+        return None
+    if not x.is_cuda:
+        return (
+            f"needs tensors on a GPU, x is on {x.device}; use backend='auto', or set TRITON_INTERPRET=1 before Python "
+            "starts, which runs kernels on the CPU, very slowly"
+        )
+    if torch.version.hip or torch.cuda.get_device_properties(x.device).major < 8:
+        return "needs an NVIDIA GPU of compute capability 8.0 or above; use backend='auto'"
+    return None

@@ -13,6 +13,7 @@ from stl.kernels.tiles import (
     constants,
     divide,
     divide_for_sums,
+    empty_channels,
     load_basis,
     multiply,
     store_column_sums,
@@ -24,7 +25,7 @@ from stl.kernels.tiles import (
 @triton.jit
 def _encode(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
-    matrix, channels, others, products, sums,
+    matrix, channels, pitch, others, products, sums,
     T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr, FULL: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +41,7 @@ def _encode(
         p = chunk * ROWS + step
         places, exists = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL)
         tiles = tl.load(x + places, mask=exists, other=0.0)
-        places, exists = channel_places(p, j, P, K, R, RP, FULL)
+        places, exists = channel_places(p, j, P, K, pitch, R, RP, FULL)
         encoded = multiply(basis, tiles, None, PRECISION)
         tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exists)
         if PRODUCT:
@@ -56,7 +57,10 @@ def _encode(
 
 def encode(x: Tensor, matrix: Tensor, tile: int) -> Tensor:
     """x (B, n, k), any strides, and matrix (r, t²) → channels (r, P, K)."""
-    return _launch(x, matrix, tile, None, False)[0]
+    tiling = Tiling(x.shape[0], x.shape[1], x.shape[2], tile)
+    channels = empty_channels(x, len(matrix), tiling.rows, tiling.columns)
+    _launch(x, tiling, matrix, channels, None, False)
+    return channels
 
 
 def encode_gradient(
@@ -67,24 +71,25 @@ def encode_gradient(
     Returns the gradient of the channels, (r, P, M); that of the decoder, float32 (r, t²), where the decoded `channels`
     (r, P, M) are given; that of the bias, float32 (m,), where it is asked for.
     """
-    return _launch(gradient, decoder, tile, channels, bias)
+    tiling = Tiling(gradient.shape[0], gradient.shape[1], gradient.shape[2], tile)
+    dchannels = gradient.new_empty(len(decoder), tiling.rows, tiling.columns)
+    return dchannels, *_launch(gradient, tiling, decoder, dchannels, channels, bias)
 
 
 def _launch(
-    x: Tensor, matrix: Tensor, tile: int, others: Tensor | None, bias: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    rank, tiling = len(matrix), Tiling(x.shape[0], x.shape[1], x.shape[2], tile)
-    channels = x.new_empty(rank, tiling.rows, tiling.columns)
+    x: Tensor, tiling: Tiling, matrix: Tensor, channels: Tensor, others: Tensor | None, bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    rank = len(matrix)
     if others is None and not bias:
         grid = divide(tiling, 128, 8 if x.dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=1)
     else:
         grid = divide_for_sums(tiling, x.dtype, rank)
-    products = None if others is None else x.new_empty(grid.programs, rank, tile**2, dtype=torch.float32)
+    products = None if others is None else x.new_empty(grid.programs, *matrix.shape, dtype=torch.float32)
     sums = x.new_empty(grid.chunks, x.shape[2], dtype=torch.float32) if bias else None
     if channels.numel():
         with torch.cuda.device_of(x):
             _encode[(grid.programs,)](
-                x, *x.stride(), *tiling.sizes(), matrix, channels, others, products, sums,
+                x, *x.stride(), *tiling.sizes(), matrix, channels, channels.stride(1), others, products, sums,
                 **constants(tiling, rank, x.dtype, grid), PRODUCT=others is not None, SUM=bias,
             )  # fmt: skip
-    return channels, None if products is None else products.sum(0), None if sums is None else sums.sum(0)
+    return None if products is None else products.sum(0), None if sums is None else sums.sum(0)

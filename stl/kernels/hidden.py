@@ -36,7 +36,7 @@ def _decoded(
     FULL: tl.constexpr,
 ):  # fmt: skip
     """(offsets of channels, which of them exist, coded channels, decoded tiles with bias)."""
-    places, exist = channel_places(p, j, P, M, R, RP, FULL)
+    places, exist = channel_places(p, j, P, M, M, R, RP, FULL)
     coded = tl.load(channels + places, mask=exist, other=0.0)
     return places, exist, coded, multiply(tl.trans(decoder), coded, None, PRECISION) + shift
 
@@ -64,7 +64,7 @@ def _hidden(
         exist = tiles_exist(p, j, N, P, n, m, T, TT, FULL)
         values = tl.where(exist, activate(tiles, ACTIVATION, LOW), 0.0)
         encoded = multiply(encode, values.to(output.dtype.element_ty), None, PRECISION)
-        places, exist = channel_places(p, j, P, M, R2, RP2, FULL)
+        places, exist = channel_places(p, j, P, M, M, R2, RP2, FULL)
         tl.store(output + places, encoded.to(output.dtype.element_ty), mask=exist)
 
 
@@ -95,7 +95,7 @@ def _hidden_backward(
         )  # fmt: skip
         hidden_exist = tiles_exist(p, j, N, P, n, m, T, TT, FULL)
         values = tl.where(hidden_exist, activate(tiles, ACTIVATION, LOW), 0.0).to(coded.dtype)
-        places2, exist2 = channel_places(p, j, P, M, R2, RP2, FULL)
+        places2, exist2 = channel_places(p, j, P, M, M, R2, RP2, FULL)
         again = multiply(encode, values, None, PRECISION)
         tl.store(encoded + places2, again.to(encoded.dtype.element_ty), mask=exist2)
         dcoded = tl.load(gradient + places2, mask=exist2, other=0.0)

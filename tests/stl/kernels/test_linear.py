@@ -247,3 +247,36 @@ def test_without_a_gpu_or_triton_auto_says_nothing_and_triton_says_why(monkeypat
         stl_linear(*arguments, backend="triton")
     stl_linear(*arguments)
     assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "work", "training", "faster"),
+    [
+        (torch.bfloat16, 16, None, True, True),  # compiled or recorded
+        (torch.float16, 64, None, False, True),
+        (torch.float32, 32, None, True, True),
+        (torch.float32, 33, None, False, False),
+        (torch.bfloat16, 16, 2**24, False, True),  # called one by one
+        (torch.bfloat16, 16, 2**24, True, False),
+        (torch.bfloat16, 16, 2**24 - 1, False, False),
+        (torch.bfloat16, 16, 2**26, True, True),
+    ],
+)
+def test_the_rule_of_auto(dtype, rank, work, training, faster):
+    assert kernels.is_faster(dtype, rank, work, training) == faster
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_auto_takes_the_kernels_where_calls_are_recorded():
+    arguments = [tensor.bfloat16() for tensor in operands((2, 16, 64), 64, "hadamard", 4, 16)]
+
+    def calls() -> set[str]:
+        with FlopCounterMode(display=False) as counter:
+            layer(*arguments)
+        return {str(operator) for operator in counter.get_flop_counts()["Global"]}
+
+    layer = stl_linear
+    assert calls() == {"aten.mm", "aten.bmm"}
+    torch.compiler.reset()
+    layer = torch.compile(stl_linear, fullgraph=True, backend="aot_eager")
+    assert calls() == {"stl.encode_gemm", "stl.decode"}
