@@ -14,7 +14,6 @@ from stl.kernels.tiles import (
     constants,
     divide,
     divide_for_sums,
-    empty_channels,
     load_basis,
     multiply,
     store_product,
@@ -25,7 +24,7 @@ from stl.kernels.tiles import (
 @triton.jit
 def _decode(
     y, stride_b, stride_n, stride_k, n, k, N, P, K,
-    matrix, channels, pitch, bias, x, x_b, x_n, x_k, encoded, products,
+    matrix, channels, pitch, bias, x, x_b, x_n, x_k, products,
     T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, INPUT: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +51,7 @@ def _decode(
             x_places, x_exist = tile_places(p, j, N, P, n, k, x_b, x_n, x_k, T, TT, FULL)
             inputs = tl.load(x + x_places, mask=x_exist, other=0.0)
             again = multiply(basis, inputs, None, PRECISION)
-            tl.store(encoded + places, again.to(encoded.dtype.element_ty), mask=exist)
+            tl.store(channels + places, again.to(channels.dtype.element_ty), mask=exist)  # `coded` has been read
             product = multiply(coded, tl.trans(inputs), product, PRECISION)
     if INPUT:
         store_product(product, products, pid, R, T, RP, TT)
@@ -63,35 +62,31 @@ def decode(channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor 
     _launch(channels, matrix, y, tile, bias, None)
 
 
-def decode_gradient(gradient: Tensor, encoder: Tensor, x: Tensor, dx: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+def decode_gradient(gradient: Tensor, encoder: Tensor, x: Tensor, dx: Tensor, tile: int) -> Tensor:
     """The gradient (r, P, K) of what `encode` gave for x (B, n, k) → those of what it was given, in one pass.
 
-    The input's is written to dx (B, n, k). Returns x encoded again, (r, P, K), and the gradient of the encoder, float32
+    The input's is written to dx (B, n, k), and over `gradient` x encoded again. Returns that of the encoder, float32
     (r, t²).
     """
-    encoded, products = _launch(gradient, encoder, dx, tile, None, x)
-    assert encoded is not None
+    products = _launch(gradient, encoder, dx, tile, None, x)
     assert products is not None
-    return encoded, products
+    return products
 
 
 def _launch(
     channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor | None, x: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Tensor | None:
     rank, tiling = len(matrix), Tiling(y.shape[0], y.shape[1], y.shape[2], tile)
     if x is None:
         grid = divide(tiling, 128, 8 if y.dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=4)
     else:
         grid = divide_for_sums(tiling, y.dtype, rank)
-    encoded = products = None
-    if x is not None:
-        encoded = empty_channels(channels, *channels.shape)  # the gradient of what `encode` gave is such, too
-        products = x.new_empty(grid.programs, *matrix.shape, dtype=torch.float32)
+    products = None if x is None else x.new_empty(grid.programs, *matrix.shape, dtype=torch.float32)
     if y.numel():
         with torch.cuda.device_of(y):
             _decode[(grid.programs,)](
                 y, *y.stride(), *tiling.sizes(), matrix, channels, channels.stride(1), bias,
-                x, *(0, 0, 0) if x is None else x.stride(), encoded, products,
+                x, *(0, 0, 0) if x is None else x.stride(), products,
                 **constants(tiling, rank, y.dtype, grid), BIAS=bias is not None, INPUT=x is not None,
             )  # fmt: skip
-    return encoded, None if products is None else products.sum(0)
+    return None if products is None else products.sum(0)

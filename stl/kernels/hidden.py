@@ -70,7 +70,7 @@ def _hidden(
 
 @triton.jit
 def _hidden_backward(
-    channels, decoder, bias, encoder, gradient, dchannels, encoded, ddecoder, dencoder, dbias, n, m, N, P, M,
+    channels, decoder, bias, encoder, gradient, dchannels, ddecoder, dencoder, dbias, n, m, N, P, M,
     T: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, LOW: tl.constexpr,
@@ -96,9 +96,9 @@ def _hidden_backward(
         hidden_exist = tiles_exist(p, j, N, P, n, m, T, TT, FULL)
         values = tl.where(hidden_exist, activate(tiles, ACTIVATION, LOW), 0.0).to(coded.dtype)
         places2, exist2 = channel_places(p, j, P, M, M, R2, RP2, FULL)
-        again = multiply(encode, values, None, PRECISION)
-        tl.store(encoded + places2, again.to(encoded.dtype.element_ty), mask=exist2)
         dcoded = tl.load(gradient + places2, mask=exist2, other=0.0)
+        again = multiply(encode, values, None, PRECISION)
+        tl.store(gradient + places2, again.to(gradient.dtype.element_ty), mask=exist2)
         encoder_product = multiply(dcoded, tl.trans(values), encoder_product, PRECISION)
         dtiles = multiply(tl.trans(encode), dcoded, None, PRECISION) * slope(tiles, ACTIVATION, LOW)
         dtiles = tl.where(hidden_exist, dtiles, 0.0)
@@ -137,21 +137,21 @@ def hidden_gradient(
     gradient: Tensor,
     activation: str,
     tiling: Tiling,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradient (r', P, M) of what `hidden` gave → in one pass over memory, those of channels (r, P, M) and, in
-    float32, of decoder (r, t²), encoder (r', t²) and bias (m,); and, as the second, its output again (r', P, M)."""
-    dchannels, encoded = torch.empty_like(channels), torch.empty_like(gradient)
+    float32, of decoder (r, t²), encoder (r', t²) and bias (m,). What `hidden` gave is written over `gradient`."""
+    dchannels = torch.empty_like(channels)
     grid = divide_for_sums(tiling, channels.dtype, max(len(decoder), len(encoder)))
     products = [channels.new_empty(grid.programs, *matrix.shape, dtype=torch.float32) for matrix in (decoder, encoder)]
     sums = None if bias is None else channels.new_empty(grid.chunks, tiling.k, dtype=torch.float32)
     if channels.numel():
         with torch.cuda.device_of(channels):
             _hidden_backward[(grid.programs,)](
-                channels, decoder, bias, encoder, gradient, dchannels, encoded, *products, sums,
+                channels, decoder, bias, encoder, gradient, dchannels, *products, sums,
                 *tiling.sizes(), **_constants(decoder, bias, encoder, activation, tiling, channels.dtype, grid),
             )  # fmt: skip
     ddecoder, dencoder = (product.sum(0) for product in products)
-    return dchannels, encoded, ddecoder, dencoder, None if sums is None else sums.sum(0)
+    return dchannels, ddecoder, dencoder, None if sums is None else sums.sum(0)
 
 
 def _constants(

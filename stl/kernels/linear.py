@@ -69,16 +69,16 @@ def _encode_gemm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, encoder: Tensor, rows_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and encoder."""
-    dencoded = multiply_channels(gradient, weight.mT)
+    channels = multiply_channels(gradient, weight.mT)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    encoded, dencoder = decode_gradient(
-        dencoded,
+    dencoder = decode_gradient(
+        channels,
         encoder.contiguous(),
         sample_view(x, rows_first),
         sample_view(dx, rows_first),
         tile_of(encoder),
     )
-    return dx, torch.bmm(encoded.mT, gradient), dencoder.to(x.dtype)
+    return dx, torch.bmm(channels.mT, gradient), dencoder.to(x.dtype)
 
 
 @_encode_gemm_backward.register_fake

@@ -74,17 +74,18 @@ def _hidden_gemm_backward(
     m: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of channels, decoder, bias (empty where there is none), encoder and weight."""
-    dchannels, encoded, ddecoder, dencoder, dbias = hidden_gradient(
+    inner = torch.bmm(gradient, weight.mT)
+    dchannels, ddecoder, dencoder, dbias = hidden_gradient(
         channels,
         decoder.contiguous(),
         bias,
         encoder.contiguous(),
-        torch.bmm(gradient, weight.mT),
+        inner,
         activation,
         Tiling(samples, n, m, tile_of(decoder)),
     )
     dbias = channels.new_empty(0) if dbias is None else dbias.to(channels)
-    return dchannels, ddecoder.to(channels), dbias, dencoder.to(channels), torch.bmm(encoded.mT, gradient)
+    return dchannels, ddecoder.to(channels), dbias, dencoder.to(channels), torch.bmm(inner.mT, gradient)
 
 
 @_hidden_gemm_backward.register_fake

@@ -97,7 +97,7 @@ def _norm_encode(
 @triton.jit
 def _norm_encode_backward(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
-    gain, shift, eps, matrix, gradient, pitch, dx, dx_b, dx_n, dx_k, encoded, products, dgain, dshift,
+    gain, shift, eps, matrix, gradient, pitch, dx, dx_b, dx_n, dx_k, products, dgain, dshift,
     T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr, FULL: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _norm_encode_backward(
         places, exist_coded = channel_places(p, j, P, K, pitch, R, RP, FULL)
         coded = tl.load(gradient + places, mask=exist_coded, other=0.0)
         again = multiply(basis, tiles, None, PRECISION)
-        tl.store(encoded + places, again.to(encoded.dtype.element_ty), mask=exist_coded)
+        tl.store(gradient + places, again.to(gradient.dtype.element_ty), mask=exist_coded)  # `coded` has been read
         product = multiply(coded, tl.trans(tiles), product, PRECISION)
         dtiles = tl.where(exist, multiply(tl.trans(basis), coded, None, PRECISION), 0.0)
         gain_sum += dtiles * unit
@@ -185,24 +185,23 @@ def _norm_encode_gemm_backward(
     tiling = Tiling(samples.shape[0], samples.shape[1], samples.shape[2], tile)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dsamples = sample_view(dx, rows_first)
-    dencoded = multiply_channels(gradient, weight.mT)
-    encoded = empty_channels(dencoded, *dencoded.shape)
+    channels = multiply_channels(gradient, weight.mT)
     grid = _grid(tiling, 1024)
     products = x.new_empty(grid.programs, *encoder.shape, dtype=torch.float32)
     dgain = x.new_empty(grid.programs, tiling.k, dtype=torch.float32)
     dshift = None if shift is None else torch.empty_like(dgain)
-    if encoded.numel():
+    if channels.numel():
         with torch.cuda.device_of(x):
             _norm_encode_backward[(grid.programs,)](
                 samples, *samples.stride(), *tiling.sizes(), gain, shift, eps, encoder.contiguous(),
-                dencoded, dencoded.stride(1), dsamples, *dsamples.stride(), encoded, products, dgain, dshift,
+                channels, channels.stride(1), dsamples, *dsamples.stride(), products, dgain, dshift,
                 **_constants(tiling, encoder, centre, shift, grid),
             )  # fmt: skip
     return (
         dx,
         dgain.sum(0).to(gain.dtype),
         gain.new_empty(0) if dshift is None else dshift.sum(0).to(gain.dtype),
-        torch.bmm(encoded.mT, gradient),
+        torch.bmm(channels.mT, gradient),
         products.sum(0).to(encoder.dtype),
     )
 
