@@ -1,10 +1,10 @@
-"""Two STL layers with an activation between them as one module, and the pass that finds them in models.
+"""The STL layers of an MLP with the activation between them as one module, and the pass that finds them in models.
 
-With kernels the hidden activations never reach memory: the first layer's channels become the second's at once.
+With kernels the hidden activations never reach memory: the channels of one layer become those of the next at once.
 """
 
-from collections.abc import Callable, Mapping
-from itertools import pairwise
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class STLMLP(nn.Module):
-    """first → activation → second → dropout, (..., n, k) → (..., n, m); the numbers are those of one after the other.
+    """second(activation(first(x))), or gated second(activation(first(x))·up(x)), then dropout.
 
-    The layers keep the names that they are given, so that state dicts stay as they were. The attribute `backend`,
-    "auto", says what computes it, as in `stl_linear`. Raises SettingError where the layers do not fit each other, or
-    for an unknown activation.
+    Input (..., n, k), output (..., n, m). The numbers are those of the layers one after the other. The layers keep the
+    names that they are given, in the order first, up, second, so that state dicts stay as they were. The attribute
+    `backend`, "auto", says what computes it, as in `stl_linear`. Raises SettingError where the layers do not fit each
+    other, or for an unknown activation.
     """
 
     backend = "auto"
@@ -39,51 +40,68 @@ class STLMLP(nn.Module):
         first: STLLinear,
         activation: str,
         second: STLLinear,
-        names: tuple[str, str] = ("fc1", "fc2"),
+        names: Sequence[str] | None = None,
         dropout: float = 0.0,
+        *,
+        up: STLLinear | None = None,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise SettingError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-        if first.out_features != second.in_features or _cut(first) != _cut(second):
-            raise SettingError(f"{second} cannot follow {first}: sizes, tiles and row axes must agree")
-        self.activation, self.names, self.dropout = activation, names, dropout
-        for name, layer in zip(names, (first, second), strict=True):
+        if not _fit(first, up, second):
+            before = f"{first}" if up is None else f"{first} and {up}"
+            raise SettingError(f"{second} cannot follow {before}: sizes, tiles and row axes must agree")
+        layers = [layer for layer in (first, up, second) if layer is not None]
+        self.activation, self.dropout = activation, dropout
+        self.names = tuple(names or (("fc1", "fc2") if up is None else ("gate_proj", "up_proj", "down_proj")))
+        if len(self.names) != len(layers):
+            raise SettingError(f"names={self.names} must be {len(layers)}, one for each layer")
+        for name, layer in zip(self.names, layers, strict=True):
             self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self.layers
-        if kernels.use_triton(self.backend, x, first.tile, max(first.rank, second.rank)):
+        first, *up, second = self.layers
+        if kernels.use_triton(self.backend, x, first.tile, max(layer.rank for layer in self.layers)):
             y = self._by_kernels(x)
         else:
-            y = second(ACTIVATIONS[self.activation](first(x)))
+            hidden = ACTIVATIONS[self.activation](first(x))
+            y = second(hidden * up[0](x) if up else hidden)
         return F.dropout(y, self.dropout, self.training)
 
     def _by_kernels(self, x: Tensor) -> Tensor:
         from stl.kernels.mlp import mlp  # needs triton
 
-        first, second = self.layers
+        first, *up, second = self.layers
         rows = first.with_rows(x)
-        ours, theirs = ((layer.weight, layer.encoder, layer.decoder, layer.bias) for layer in (first, second))
-        check_arguments(rows, *ours, first.row_axis, first.out_features, self.backend)
-        y = mlp(rows, ours, theirs, self.activation, first.row_axis, first.out_features, second.out_features)
+        for layer in (first, *up):
+            check_arguments(rows, *_tensors(layer), layer.row_axis, layer.out_features, self.backend)
+        y = mlp(
+            rows,
+            _tensors(first),
+            _tensors(up[0]) if up else None,
+            _tensors(second),
+            self.activation,
+            first.row_axis,
+            first.out_features,
+            second.out_features,
+        )
         return y.view(*x.shape[:-1], second.out_features)
 
     @property
-    def layers(self) -> tuple[STLLinear, STLLinear]:
-        first, second = (getattr(self, name) for name in self.names)
-        return first, second
+    def layers(self) -> list[STLLinear]:
+        """first, up where the MLP is gated, second."""
+        return [getattr(self, name) for name in self.names]
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, dropout={self.dropout}"
 
 
 def fuse_mlps(model: nn.Module) -> list[str]:
-    """Put an `STLMLP` in the place of every module of the model that computes first → activation → second, in place.
+    """Put an `STLMLP` in the place of every module of the model that computes one, in place.
 
-    What a module computes is read off its traced graph, whatever its class: GELU (exact or tanh), ReLU or SiLU between
-    two STL layers, dropout before the output only. Returns the names of what was replaced; state dicts stay as they
-    were.
+    What a module computes is read off its traced graph, whatever its class: first → activation → second, or
+    second(activation(first(x))·up(x)), of STL layers with GELU (exact or tanh), ReLU or SiLU, dropout before the output
+    only. Returns the names of what was replaced; state dicts stay as they were.
     """
     replaced = []
     for name, module in list(model.named_modules()):
@@ -94,6 +112,24 @@ def fuse_mlps(model: nn.Module) -> list[str]:
     return replaced
 
 
+def _tensors(layer: STLLinear) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return layer.weight, layer.encoder, layer.decoder, layer.bias
+
+
+def _fit(first: STLLinear, up: STLLinear | None, second: STLLinear) -> bool:
+    """Whether all cut alike, the layers before the activation have the same sizes, and the second takes them."""
+
+    def cut(layer: STLLinear) -> tuple[int, str]:
+        return layer.tile, layer.row_axis
+
+    def sizes(layer: STLLinear) -> tuple[int, int]:
+        return layer.in_features, layer.out_features
+
+    other = first if up is None else up
+    alike = cut(first) == cut(other) == cut(second) and sizes(first) == sizes(other)
+    return alike and first.out_features == second.in_features
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, STLLinear) or super().is_leaf_module(module, qualified_name)
@@ -101,39 +137,72 @@ class _Tracer(fx.Tracer):
 
 def _fused(module: nn.Module) -> STLMLP | None:
     """An MLP that computes what this module computes; None where it computes something else."""
-    if sum(isinstance(child, STLLinear) for child in module.modules()) != 2:
+    if sum(isinstance(child, STLLinear) for child in module.modules()) not in (2, 3):
         return None
     try:
         graph = _Tracer().trace(module)
-    except Exception:  # whatever a model's code may raise when it is traced; then it is not such a chain
+    except Exception:  # whatever a model's code may raise when it is traced; then it is none
         return None
-    layers: list[tuple[str, STLLinear]] = []
-    activations, dropouts = [], []
-    for node in _chain(graph):
-        step = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-        if isinstance(step, STLLinear):
-            layers.append((str(node.target), step))
-        elif isinstance(step, nn.Dropout) and (len(layers) == 2 or not step.p):
-            dropouts += [step.p] if step.p else []
-        elif len(layers) == 1 and (activation := _activation_of(step, node.kwargs)):
-            activations.append(activation)
-        elif not isinstance(step, nn.Identity):
+    return _Reader(module, graph).read()
+
+
+class _Reader:
+    """Reads a traced graph from its output back to its one input."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        self.module, self.nodes = module, list(graph.nodes)
+
+    def read(self) -> STLMLP | None:
+        x, *steps, last = self.nodes
+        once = all(len(node.users) == 1 for node in steps)
+        if not (steps and once and x.op == "placeholder" and isinstance(last.args[0], fx.Node)):
             return None
-    if len(layers) != 2 or len(activations) != 1 or len(dropouts) > 1:
-        return None
-    (name, first), (name2, second) = layers
-    if "." in name + name2 or first.out_features != second.in_features or _cut(first) != _cut(second):
-        return None
-    return STLMLP(first, activations[0], second, (name, name2), sum(dropouts))
+        end, dropouts = self._behind_dropouts(last.args[0])
+        inner = self._hidden(self._input(end)) if self._layer(end) else None
+        if inner is None or len(dropouts) > 1:
+            return None
+        activation, *firsts = inner
+        nodes = [*firsts, end]
+        layers = [layer for node in nodes if (layer := self._layer(node)) is not None]
+        names = [str(node.target) for node in nodes]
+        if len(layers) < len(nodes) or "." in "".join(names) or any(node.all_input_nodes != [x] for node in firsts):
+            return None
+        first, *up, second = layers
+        if not _fit(first, up[0] if up else None, second):
+            return None
+        return STLMLP(first, activation, second, names, sum(dropouts), up=up[0] if up else None)
 
+    def _hidden(self, node: fx.Node) -> tuple[Any, ...] | None:
+        """(activation, node of first), or for activation(first)·up (activation, node of first, node of up)."""
+        factors = [node]
+        if self._step(node) in (operator.mul, torch.mul) and len(node.all_input_nodes) == 2:
+            factors = [self._input(node, which) for which in (0, 1)]
+            factors.sort(key=lambda factor: self._layer(factor) is not None)  # the activation first
+        activation = _activation_of(self._step(factors[0]), factors[0].kwargs)
+        if activation is None or len(factors[0].all_input_nodes) != 1:
+            return None
+        return activation, self._input(factors[0]), *factors[1:]
 
-def _chain(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes between the one input and the output, where each takes the one before it and nothing else does."""
-    first, *steps, last = graph.nodes
-    for before, node in pairwise([first, *steps, last]):
-        if node.all_input_nodes != [before] or len(before.users) != 1:
-            return []
-    return steps if first.op == "placeholder" and last.args == (steps[-1],) else []
+    def _step(self, node: fx.Node) -> Any:
+        """The module or function that is called there."""
+        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+
+    def _layer(self, node: fx.Node) -> STLLinear | None:
+        step = self._step(node)
+        return step if isinstance(step, STLLinear) else None
+
+    def _input(self, node: fx.Node, which: int = 0) -> fx.Node:
+        """What it is given, without what changes nothing."""
+        before, dropouts = self._behind_dropouts(node.all_input_nodes[which])
+        return node.all_input_nodes[which] if dropouts else before
+
+    def _behind_dropouts(self, node: fx.Node) -> tuple[fx.Node, list[float]]:
+        """What they and identities are given, and their probabilities."""
+        dropouts = []
+        while isinstance(step := self._step(node), nn.Dropout | nn.Identity):
+            dropouts += [step.p] if isinstance(step, nn.Dropout) and step.p else []
+            node = node.all_input_nodes[0]
+        return node, dropouts
 
 
 def _activation_of(step: Any, options: Mapping[str, Any]) -> str | None:
@@ -144,7 +213,3 @@ def _activation_of(step: Any, options: Mapping[str, Any]) -> str | None:
     if isinstance(step, nn.ReLU) or step in (F.relu, torch.relu):
         return "relu"
     return "silu" if isinstance(step, nn.SiLU) or step is F.silu else None
-
-
-def _cut(layer: STLLinear) -> tuple[int, str]:
-    return layer.tile, layer.row_axis

@@ -1,9 +1,10 @@
-"""Between the two layers of an MLP: channels → decode, bias, activation, encode → channels, and back.
+"""Between the layers of an MLP: channels → decode, bias, activation, encode → channels, and back.
 
-The hidden activations never reach memory, neither way: the backward pass computes them again from the channels.
+In a gated MLP two layers stand before it, and the activation of the one is multiplied with the other. The hidden
+activations never reach memory, neither way: the backward pass computes them again from the channels.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,10 +30,26 @@ from stl.kernels.tiles import (
 )
 
 
+class Coded(NamedTuple):
+    """What a layer gives before its decode: channels (r, P, M), with its decoder (r, t²) and bias (m,)."""
+
+    channels: Tensor
+    decoder: Tensor
+    bias: Tensor | None
+
+
+@triton.jit
+def _shift(bias, j, m, T: tl.constexpr, TT: tl.constexpr, BIAS: tl.constexpr):
+    """What the bias adds to the tiles j, (TT, BLOCK)."""
+    if BIAS:
+        return by_column(bias, j, m, T, TT)
+    else:
+        return tl.zeros((TT, j.shape[0]), tl.float32)
+
+
 @triton.jit
 def _decoded(
-    channels, decoder, shift, p, j, n, m, N, P, M,
-    T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
+    channels, decoder, shift, p, j, P, M, R: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
     """(offsets of channels, which of them exist, coded channels, decoded tiles with bias)."""
@@ -43,26 +60,29 @@ def _decoded(
 
 @triton.jit
 def _hidden(
-    channels, decoder, bias, encoder, output, n, m, N, P, M,
-    T: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, RP2: tl.constexpr,
+    channels, decoder, bias, up, up_decoder, up_bias, encoder, output, n, m, N, P, M,
+    T: tl.constexpr, R: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
+    TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, LOW: tl.constexpr,
+    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """A program takes the same BLOCK tiles of ROWS rows of tiles, one row after the other."""
     blocks = tl.cdiv(M, BLOCK)
     chunk = tl.program_id(0) // blocks
     j = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     decode, encode = load_basis(decoder, R, T, RP, TT), load_basis(encoder, R2, T, RP2, TT)
-    shift = tl.zeros((TT, BLOCK), tl.float32)
-    if BIAS:
-        shift = by_column(bias, j, m, T, TT)
+    shift = _shift(bias, j, m, T, TT, BIAS)
+    if GATED:
+        up_decode = load_basis(up_decoder, RU, T, RPU, TT)
+        up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS)
     for step in range(ROWS):
         p = chunk * ROWS + step
-        _, _, _, tiles = _decoded(
-            channels, decode, shift, p, j, n, m, N, P, M, T, R, TT, RP, PRECISION, FULL
-        )  # fmt: skip
-        exist = tiles_exist(p, j, N, P, n, m, T, TT, FULL)
-        values = tl.where(exist, activate(tiles, ACTIVATION, LOW), 0.0)
+        _, _, _, tiles = _decoded(channels, decode, shift, p, j, P, M, R, RP, PRECISION, FULL)
+        values = activate(tiles, ACTIVATION, LOW)
+        if GATED:
+            _, _, _, factor = _decoded(up, up_decode, up_shift, p, j, P, M, RU, RPU, PRECISION, FULL)
+            values *= factor
+        values = tl.where(tiles_exist(p, j, N, P, n, m, T, TT, FULL), values, 0.0)
         encoded = multiply(encode, values.to(output.dtype.element_ty), None, PRECISION)
         places, exist = channel_places(p, j, P, M, M, R2, RP2, FULL)
         tl.store(output + places, encoded.to(output.dtype.element_ty), mask=exist)
@@ -70,38 +90,53 @@ def _hidden(
 
 @triton.jit
 def _hidden_backward(
-    channels, decoder, bias, encoder, gradient, dchannels, ddecoder, dencoder, dbias, n, m, N, P, M,
-    T: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, RP2: tl.constexpr,
+    channels, decoder, bias, up, up_decoder, up_bias, encoder, gradient,
+    dchannels, ddecoder, dbias, dup, dup_decoder, dup_bias, dencoder, n, m, N, P, M,
+    T: tl.constexpr, R: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
+    TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, LOW: tl.constexpr,
+    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """A program takes the same BLOCK tiles of ROWS rows of tiles, one row after the other."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, BLOCK)
     chunk = pid // blocks
     j = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    encode = load_basis(encoder, R2, T, RP2, TT)
-    decode = load_basis(decoder, R, T, RP, TT)
+    decode, encode = load_basis(decoder, R, T, RP, TT), load_basis(encoder, R2, T, RP2, TT)
     decoder_product = tl.zeros((RP, TT), tl.float32)
     encoder_product = tl.zeros((RP2, TT), tl.float32)
     total = tl.zeros((TT, BLOCK), tl.float32)
-    shift = tl.zeros((TT, BLOCK), tl.float32)
-    if BIAS:
-        shift = by_column(bias, j, m, T, TT)
+    shift = _shift(bias, j, m, T, TT, BIAS)
+    if GATED:
+        up_decode = load_basis(up_decoder, RU, T, RPU, TT)
+        up_product = tl.zeros((RPU, TT), tl.float32)
+        up_total = tl.zeros((TT, BLOCK), tl.float32)
+        up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS)
     for step in range(ROWS):
         p = chunk * ROWS + step
-        places, exist, coded, tiles = _decoded(
-            channels, decode, shift, p, j, n, m, N, P, M, T, R, TT, RP, PRECISION, FULL
-        )  # fmt: skip
-        hidden_exist = tiles_exist(p, j, N, P, n, m, T, TT, FULL)
-        values = tl.where(hidden_exist, activate(tiles, ACTIVATION, LOW), 0.0).to(coded.dtype)
+        places, exist, coded, tiles = _decoded(channels, decode, shift, p, j, P, M, R, RP, PRECISION, FULL)
+        tiles_are = tiles_exist(p, j, N, P, n, m, T, TT, FULL)
+        values = activate(tiles, ACTIVATION, LOW)
         places2, exist2 = channel_places(p, j, P, M, M, R2, RP2, FULL)
         dcoded = tl.load(gradient + places2, mask=exist2, other=0.0)
+        dtiles = tl.where(tiles_are, multiply(tl.trans(encode), dcoded, None, PRECISION), 0.0)
+        if GATED:
+            up_places, up_exist, up_coded, factor = _decoded(
+                up, up_decode, up_shift, p, j, P, M, RU, RPU, PRECISION, FULL
+            )  # fmt: skip
+            dfactor = dtiles * values
+            up_total += dfactor
+            dfactor = dfactor.to(coded.dtype)
+            up_product = multiply(up_coded, tl.trans(dfactor), up_product, PRECISION)
+            dup_coded = multiply(up_decode, dfactor, None, PRECISION)
+            tl.store(dup + up_places, dup_coded.to(dup.dtype.element_ty), mask=up_exist)
+            values *= factor
+            dtiles *= factor
+        values = tl.where(tiles_are, values, 0.0).to(coded.dtype)
         again = multiply(encode, values, None, PRECISION)
-        tl.store(gradient + places2, again.to(gradient.dtype.element_ty), mask=exist2)
+        tl.store(gradient + places2, again.to(gradient.dtype.element_ty), mask=exist2)  # `dcoded` has been read
         encoder_product = multiply(dcoded, tl.trans(values), encoder_product, PRECISION)
-        dtiles = multiply(tl.trans(encode), dcoded, None, PRECISION) * slope(tiles, ACTIVATION, LOW)
-        dtiles = tl.where(hidden_exist, dtiles, 0.0)
+        dtiles *= slope(tiles, ACTIVATION, LOW)
         total += dtiles
         dtiles = dtiles.to(coded.dtype)
         decoder_product = multiply(coded, tl.trans(dtiles), decoder_product, PRECISION)
@@ -111,63 +146,77 @@ def _hidden_backward(
     store_product(encoder_product, dencoder, pid, R2, T, RP2, TT)
     if BIAS:
         store_column_sums(total, dbias, chunk, j, m, T, TT)
+    if GATED:
+        store_product(up_product, dup_decoder, pid, RU, T, RPU, TT)
+        if UP_BIAS:
+            store_column_sums(up_total, dup_bias, chunk, j, m, T, TT)
 
 
-def hidden(
-    channels: Tensor, decoder: Tensor, bias: Tensor | None, encoder: Tensor, activation: str, tiling: Tiling
-) -> Tensor:
-    """channels (r, P, M), decoder (r, t²), bias (m,), encoder (r', t²) → channels (r', P, M)."""
-    output = channels.new_empty(len(encoder), *channels.shape[1:])
-    block = 64 if max(len(decoder), len(encoder)) > 32 else 128
-    grid = divide(tiling, block, 4 if channels.dtype != torch.float32 else 8, MANY_PROGRAMS, most_rows=16)
+def hidden(first: Coded, up: Coded | None, encoder: Tensor, activation: str, tiling: Tiling) -> Tensor:
+    """The channels (r', P, M) of activation(first), or of activation(first)·up, for an encoder (r', t²)."""
+    output = first.channels.new_empty(len(encoder), *first.channels.shape[1:])
+    dtype = output.dtype
+    block = 64 if _highest_rank(first, up, encoder) > 32 else 128
+    grid = divide(tiling, block, 4 if dtype != torch.float32 else 8, MANY_PROGRAMS, most_rows=16)
     if output.numel():
-        with torch.cuda.device_of(channels):
+        with torch.cuda.device_of(output):
             _hidden[(grid.programs,)](
-                channels, decoder, bias, encoder, output, *tiling.sizes(),
-                **_constants(decoder, bias, encoder, activation, tiling, channels.dtype, grid),
+                *first, *(up or (None,) * 3), encoder, output, *tiling.sizes(),
+                **_constants(first, up, encoder, activation, tiling, grid),
             )  # fmt: skip
     return output
 
 
 def hidden_gradient(
-    channels: Tensor,
-    decoder: Tensor,
-    bias: Tensor | None,
-    encoder: Tensor,
-    gradient: Tensor,
-    activation: str,
-    tiling: Tiling,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradient (r', P, M) of what `hidden` gave → in one pass over memory, those of channels (r, P, M) and, in
-    float32, of decoder (r, t²), encoder (r', t²) and bias (m,). What `hidden` gave is written over `gradient`."""
-    dchannels = torch.empty_like(channels)
-    grid = divide_for_sums(tiling, channels.dtype, max(len(decoder), len(encoder)))
-    products = [channels.new_empty(grid.programs, *matrix.shape, dtype=torch.float32) for matrix in (decoder, encoder)]
-    sums = None if bias is None else channels.new_empty(grid.chunks, tiling.k, dtype=torch.float32)
-    if channels.numel():
-        with torch.cuda.device_of(channels):
+    first: Coded, up: Coded | None, encoder: Tensor, gradient: Tensor, activation: str, tiling: Tiling
+) -> tuple[Coded, Coded | None, Tensor]:
+    """The gradient (r', P, M) of what `hidden` gave → in one pass over memory those of `first`, `up` and `encoder`.
+
+    Those of decoders, encoder and biases are float32. What `hidden` gave is written over `gradient`.
+    """
+    block = 64 if up is None else 32  # for the registers of twice as much
+    grid = divide_for_sums(tiling, gradient.dtype, _highest_rank(first, up, encoder), block)
+
+    def shares(of: Coded) -> Coded:
+        """Memory for the gradient of the channels, and for a share of each program in the others."""
+        return Coded(
+            torch.empty_like(of.channels),
+            gradient.new_empty(grid.programs, *of.decoder.shape, dtype=torch.float32),
+            None if of.bias is None else gradient.new_empty(grid.chunks, tiling.k, dtype=torch.float32),
+        )
+
+    def added(of: Coded) -> Coded:
+        return Coded(of.channels, of.decoder.sum(0), None if of.bias is None else of.bias.sum(0))
+
+    dfirst, dup = shares(first), None if up is None else shares(up)
+    dencoder = gradient.new_empty(grid.programs, *encoder.shape, dtype=torch.float32)
+    if gradient.numel():
+        with torch.cuda.device_of(gradient):
             _hidden_backward[(grid.programs,)](
-                channels, decoder, bias, encoder, gradient, dchannels, *products, sums,
-                *tiling.sizes(), **_constants(decoder, bias, encoder, activation, tiling, channels.dtype, grid),
+                *first, *(up or (None,) * 3), encoder, gradient, *dfirst, *(dup or (None,) * 3), dencoder,
+                *tiling.sizes(), **_constants(first, up, encoder, activation, tiling, grid),
             )  # fmt: skip
-    ddecoder, dencoder = (product.sum(0) for product in products)
-    return dchannels, ddecoder, dencoder, None if sums is None else sums.sum(0)
+    return added(dfirst), None if dup is None else added(dup), dencoder.sum(0)
+
+
+def _highest_rank(first: Coded, up: Coded | None, encoder: Tensor) -> int:
+    return max(len(first.decoder), len(encoder), 0 if up is None else len(up.decoder))
 
 
 def _constants(
-    decoder: Tensor,
-    bias: Tensor | None,
-    encoder: Tensor,
-    activation: str,
-    tiling: Tiling,
-    dtype: torch.dtype,
-    grid: Grid,
+    first: Coded, up: Coded | None, encoder: Tensor, activation: str, tiling: Tiling, grid: Grid
 ) -> dict[str, Any]:
+    dtype, rank = first.channels.dtype, len(first.decoder)
+    up_rank = rank if up is None else len(up.decoder)
     return {
-        **constants(tiling, len(decoder), dtype, grid),
+        **constants(tiling, rank, dtype, grid),
+        "RU": up_rank,
+        "RPU": padded(up_rank),
         "R2": len(encoder),
         "RP2": padded(len(encoder)),
-        "BIAS": bias is not None,
+        "BIAS": first.bias is not None,
+        "GATED": up is not None,
+        "UP_BIAS": up is not None and up.bias is not None,
         "ACTIVATION": activation,
         "LOW": dtype != torch.float32,
     }

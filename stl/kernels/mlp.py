@@ -1,6 +1,7 @@
-"""Two STL layers with an activation between them: `stl::hidden_gemm` stands between their two GEMMs.
+"""STL layers with an activation between them: `stl::hidden_gemm` stands between their GEMMs.
 
-What it keeps for the backward pass are the channels of the first layer; the hidden activations are nowhere in memory.
+What it keeps for the backward pass are the channels of the layers before it; the hidden activations are nowhere in
+memory.
 """
 
 from typing import Any
@@ -9,31 +10,36 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from stl.kernels.hidden import hidden, hidden_gradient
+from stl.kernels.hidden import Coded, hidden, hidden_gradient
 from stl.kernels.linear import as_autocast, as_samples, encode_gemm_macs, tile_of, wanted
 from stl.kernels.tiles import Tiling
+
+Layer = tuple[Tensor, Tensor, Tensor, Tensor | None]  # weight, encoder, decoder, bias
 
 
 def mlp(
     x: Tensor,
-    first: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    second: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    first: Layer,
+    up: Layer | None,
+    second: Layer,
     activation: str,
     row_axis: str,
     hidden_features: int,
     out_features: int,
 ) -> Tensor:
-    """stl_linear, activation, stl_linear, each with its (weight, encoder, decoder, bias), by kernels."""
+    """second(activation(first(x))), or second(activation(first(x))·up(x)), by kernels."""
     samples, rows_first = as_samples(x, row_axis)
-    samples, weight, encoder, decoder, bias = as_autocast(samples, *first)
-    _, weight2, encoder2, decoder2, bias2 = as_autocast(samples, *second)
+
+    def coded(layer: Layer) -> Coded:
+        inputs, weight, encoder, decoder, bias = as_autocast(samples, *layer)
+        return Coded(torch.ops.stl.encode_gemm(inputs, weight, encoder, rows_first), decoder, bias)
+
+    before = (*coded(first), *(Coded(None, None, None) if up is None else coded(up)))  # type: ignore[arg-type]
+    _, weight, encoder, decoder, bias = as_autocast(samples, *second)
     sizes = samples.shape[:2]
-    channels = torch.ops.stl.encode_gemm(samples, weight, encoder, rows_first)
     count, n = sizes[::-1] if rows_first else sizes
-    channels = torch.ops.stl.hidden_gemm(
-        channels, decoder, bias, encoder2, weight2, activation, count, n, hidden_features
-    )
-    y = torch.ops.stl.decode(channels, decoder2, bias2, *sizes, out_features, rows_first)
+    channels = torch.ops.stl.hidden_gemm(*before, encoder, weight, activation, count, n, hidden_features)
+    y = torch.ops.stl.decode(channels, decoder, bias, *sizes, out_features, rows_first)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -42,6 +48,9 @@ def _hidden_gemm(
     channels: Tensor,
     decoder: Tensor,
     bias: Tensor | None,
+    up: Tensor | None,
+    up_decoder: Tensor | None,
+    up_bias: Tensor | None,
     encoder: Tensor,
     weight: Tensor,
     activation: str,
@@ -49,14 +58,15 @@ def _hidden_gemm(
     n: int,
     m: int,
 ) -> Tensor:
-    """channels (r, P, M) of (samples, n, m); decoder (r, t²), bias (m,); encoder (r', t²), weight (r', M, J) of the
-    second layer → channels (r', P, J)."""
+    """channels (r, P, M) of (samples, n, m), with their decoder (r, t²) and bias (m,), and of a gated MLP the same of
+    its other layer; encoder (r', t²) and weight (r', M, J) of the last layer → channels (r', P, J)."""
+    before = _before(channels, decoder, bias, up, up_decoder, up_bias)
     tiling = Tiling(samples, n, m, tile_of(decoder))
-    return torch.bmm(hidden(channels, decoder.contiguous(), bias, encoder.contiguous(), activation, tiling), weight)
+    return torch.bmm(hidden(*before, encoder.contiguous(), activation, tiling), weight)
 
 
 @_hidden_gemm.register_fake
-def _(channels, decoder, bias, encoder, weight, activation, samples, n, m):
+def _(channels, decoder, bias, up, up_decoder, up_bias, encoder, weight, activation, samples, n, m):
     return channels.new_empty(weight.shape[0], channels.shape[1], weight.shape[2])
 
 
@@ -66,33 +76,44 @@ def _hidden_gemm_backward(
     channels: Tensor,
     decoder: Tensor,
     bias: Tensor | None,
+    up: Tensor | None,
+    up_decoder: Tensor | None,
+    up_bias: Tensor | None,
     encoder: Tensor,
     weight: Tensor,
     activation: str,
     samples: int,
     n: int,
     m: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of channels, decoder, bias (empty where there is none), encoder and weight."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the first eight arguments of `stl::hidden_gemm`; empty where there is none."""
     inner = torch.bmm(gradient, weight.mT)
-    dchannels, ddecoder, dencoder, dbias = hidden_gradient(
-        channels,
-        decoder.contiguous(),
-        bias,
-        encoder.contiguous(),
-        inner,
-        activation,
-        Tiling(samples, n, m, tile_of(decoder)),
-    )
-    dbias = channels.new_empty(0) if dbias is None else dbias.to(channels)
-    return dchannels, ddecoder.to(channels), dbias, dencoder.to(channels), torch.bmm(inner.mT, gradient)
+    before = _before(channels, decoder, bias, up, up_decoder, up_bias)
+    tiling = Tiling(samples, n, m, tile_of(decoder))
+    dfirst, dup, dencoder = hidden_gradient(*before, encoder.contiguous(), inner, activation, tiling)
+    gradients = (*dfirst, *(dup or (None,) * 3), dencoder)
+    small = (channels.new_empty(0) if one is None else one.to(channels.dtype) for one in gradients)
+    return *small, torch.bmm(inner.mT, gradient)  # type: ignore[return-value]
 
 
 @_hidden_gemm_backward.register_fake
-def _(gradient, channels, decoder, bias, encoder, weight, activation, samples, n, m):
-    dbias = channels.new_empty(0 if bias is None else m)
-    like = [torch.empty_like(of, memory_format=torch.contiguous_format) for of in (channels, decoder, encoder, weight)]
-    return *like[:2], dbias, *like[2:]
+def _(gradient, channels, decoder, bias, up, up_decoder, up_bias, encoder, weight, activation, samples, n, m):
+    inputs = (channels, decoder, bias, up, up_decoder, up_bias, encoder, weight)
+    return tuple(channels.new_empty(0 if of is None else of.shape) for of in inputs)
+
+
+def _before(
+    channels: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    up: Tensor | None,
+    up_decoder: Tensor | None,
+    up_bias: Tensor | None,
+) -> tuple[Coded, Coded | None]:
+    gate = Coded(channels, decoder.contiguous(), bias)
+    if up is None or up_decoder is None:
+        return gate, None
+    return gate, Coded(up, up_decoder.contiguous(), up_bias)
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -111,17 +132,18 @@ _hidden_gemm.register_autograd(_differentiate, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.stl.hidden_gemm)
-def _(channels, decoder, bias, encoder, weight, *_, **__) -> int:
-    decoded, coded, core = _macs(channels, decoder, encoder, weight)
+def _(channels, decoder, bias, up, up_decoder, up_bias, encoder, weight, *_, **__) -> int:
+    decoded, coded, core = _macs(channels, decoder, up_decoder, encoder, weight)
     return 2 * (decoded + coded + core)
 
 
 @register_flop_formula(torch.ops.stl.hidden_gemm_backward)
-def _(gradient, channels, decoder, bias, encoder, weight, *_, **__) -> int:
-    decoded, coded, core = _macs(channels, decoder, encoder, weight)
+def _(gradient, channels, decoder, bias, up, up_decoder, up_bias, encoder, weight, *_, **__) -> int:
+    decoded, coded, core = _macs(channels, decoder, up_decoder, encoder, weight)
     return 2 * (3 * decoded + 3 * coded + 2 * core)
 
 
-def _macs(channels: Any, decoder: Any, encoder: Any, weight: Any) -> tuple[int, int, int]:
+def _macs(channels: Any, decoder: Any, up_decoder: Any, encoder: Any, weight: Any) -> tuple[int, int, int]:
     """Of decode, encode and batched GEMM, from shapes."""
-    return channels[1] * channels[2] * decoder[0] * decoder[1], *encode_gemm_macs(channels[1], weight, encoder)
+    ranks = decoder[0] + (up_decoder[0] if up_decoder else 0)
+    return channels[1] * channels[2] * ranks * decoder[1], *encode_gemm_macs(channels[1], weight, encoder)

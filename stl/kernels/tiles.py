@@ -91,9 +91,9 @@ def divide(tiling: Tiling, block: int, warps: int, programs: int, most_rows: int
     return Grid(size, rows, max(1, warps * size // whole), blocks, ceil(tiling.rows / rows))
 
 
-def divide_for_sums(tiling: Tiling, dtype: torch.dtype, rank: int) -> Grid:
+def divide_for_sums(tiling: Tiling, dtype: torch.dtype, rank: int, block: int = 64) -> Grid:
     """The grid of a kernel whose programs each leave a share of a sum behind."""
-    return divide(tiling, 64, 1 if dtype != torch.float32 and rank <= 32 else 4, PROGRAMS)
+    return divide(tiling, block, 1 if dtype != torch.float32 and rank <= 32 else 4, PROGRAMS)
 
 
 def constants(tiling: Tiling, rank: int, dtype: torch.dtype, grid: Grid) -> dict[str, Any]:

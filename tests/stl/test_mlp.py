@@ -27,6 +27,35 @@ class Functional(nn.Module):
         return self.down(self.activation(self.up(x)))
 
 
+class Gated(nn.Module):
+    """As LLaMA's."""
+
+    def __init__(self, activation=F.silu, gate_first: bool = True, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = stl(6, 8, bias), stl(6, 8, bias), stl(8, 6, bias)
+        self.activation, self.gate_first = activation, gate_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.activation(self.gate_proj(x)), self.up_proj(x)
+        return self.down_proj(gate * up if self.gate_first else torch.mul(up, gate))
+
+
+class GatedByItself(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.activation(self.gate_proj(x))
+        return self.down_proj(gate * gate)
+
+
+class GatedByInput(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x + 1))
+
+
+class GatedTwice(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.activation(self.up_proj(x)))
+
+
 class Residual(Functional):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -55,6 +84,8 @@ CHAINS = {
     "named": nn.Sequential(OrderedDict(a=stl(6, 8), b=nn.GELU(), c=stl(8, 6))),
     "function": Functional(F.gelu),
     "function, relu": Functional(torch.relu),
+    "gated": Gated(),
+    "gated, the other way round": Gated(nn.GELU(), gate_first=False, bias=True),
 }
 
 
@@ -78,12 +109,15 @@ OTHERS = {
     "another row axis": nn.Sequential(stl(6, 8), nn.GELU(), stl(8, 6, row_axis="batch")),
     "three layers": nn.Sequential(stl(6, 8), nn.GELU(), stl(8, 6), nn.GELU(), stl(6, 6)),
     "one layer": nn.Sequential(stl(6, 8), nn.GELU(), nn.Linear(8, 6)),
-    "gated": timm_mlp(GluMlp),
+    "gated halves of one layer": timm_mlp(GluMlp),
+    "gated by itself": GatedByItself(),
+    "gated by another input": GatedByInput(),
+    "gated twice": GatedTwice(),
 }
 
 
 @pytest.mark.parametrize("module", [*CHAINS.values(), timm_mlp(Mlp), timm_mlp(Mlp, act_layer=nn.SiLU)])
-def test_a_chain_of_two_layers_is_found_and_stays_what_it_was(module):
+def test_an_mlp_is_found_and_stays_what_it_was(module):
     model = nn.Sequential(nn.LayerNorm(6), module).eval()
     x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
     wanted, names = model(x), list(model.state_dict())
@@ -139,3 +173,10 @@ def test_every_mlp_of_a_vision_transformer(make, found):
 def test_layers_that_do_not_fit_get_one_line(first, activation, second, said):
     with pytest.raises(SettingError, match=said):
         STLMLP(first, activation, second)
+
+
+def test_an_up_that_does_not_fit_gets_one_line():
+    with pytest.raises(SettingError, match=r"and .* sizes, tiles and row axes must agree"):
+        STLMLP(stl(6, 8), "silu", stl(8, 6), up=stl(5, 8))
+    with pytest.raises(SettingError, match="must be 3, one for each layer"):
+        STLMLP(stl(6, 8), "silu", stl(8, 6), ("a", "b"), up=stl(6, 8))

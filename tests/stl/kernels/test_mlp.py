@@ -22,14 +22,17 @@ def mlp(
     bias: bool = True,
     row_axis: str = "tokens",
     dropout: float = 0.0,
+    up: tuple | None = None,
 ) -> STLMLP:
-    """In float64, with numbers that are nothing special."""
+    """In float64, with numbers that are nothing special; gated with `up`, the basis of the third layer."""
     torch.manual_seed(0)
-    layers = [
-        STLLinear(k, m, bias, tile=tile, rank=rank, basis=basis, row_axis=row_axis)
-        for (k, m), (tile, rank, basis) in zip((sizes[:2], sizes[1:]), pair, strict=True)
-    ]
-    module = STLMLP(layers[0], activation, layers[1], dropout=dropout).double().to(DEVICE)
+
+    def layer(k: int, m: int, tile: int, rank: int, basis: str) -> STLLinear:
+        return STLLinear(k, m, bias, tile=tile, rank=rank, basis=basis, row_axis=row_axis)
+
+    first, second = layer(*sizes[:2], *pair[0]), layer(*sizes[1:], *pair[1])
+    gate = layer(*sizes[:2], *up) if up else None
+    module = STLMLP(first, activation, second, dropout=dropout, up=gate).double().to(DEVICE)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -40,6 +43,13 @@ def mlp(
 @pytest.mark.parametrize("pair", PAIRS)
 def test_output_and_all_gradients(pair, row_axis):
     assert_agree(mlp((9, 13, 10), pair, row_axis=row_axis), gaussian(3, 7, 9, seed=0))
+
+
+@pytest.mark.parametrize("row_axis", ["tokens", "batch"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_output_and_all_gradients_of_a_gated_mlp(pair, row_axis):
+    module = mlp((9, 13, 10), pair, "silu", bias=row_axis == "batch", row_axis=row_axis, up=pair[1])
+    assert_agree(module, gaussian(3, 7, 9, seed=0))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -53,9 +63,10 @@ def test_odd_shapes(shape):
     assert_agree(mlp((shape[-1], 7, 3)), gaussian(*shape, seed=0))
 
 
-def test_sums_over_many_rows_of_tiles(monkeypatch):
+@pytest.mark.parametrize("up", [None, (4, 16, "hadamard")])
+def test_sums_over_many_rows_of_tiles(up, monkeypatch):
     monkeypatch.setattr("stl.kernels.tiles.PROGRAMS", 3)
-    assert_agree(mlp((5, 70, 9)), gaussian(5, 13, 5, seed=0))
+    assert_agree(mlp((5, 70, 9), up=up), gaussian(5, 13, 5, seed=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -78,12 +89,14 @@ def test_the_operator_keeps_the_rules_of_pytorch():
     first, second = module.layers
     channels = gaussian(16, 4, 4, seed=1).float().requires_grad_()
     for bias in (first.bias, None):
-        arguments = (channels, first.decoder, bias, second.encoder, second.weight, "gelu", 2, 7, 13)
-        torch.library.opcheck(torch.ops.stl.hidden_gemm, arguments)
+        for up in ((None, None, None), (channels.detach() + 1, first.decoder.detach() + 1, bias)):
+            arguments = (channels, first.decoder, bias, *up, second.encoder, second.weight, "gelu", 2, 7, 13)
+            torch.library.opcheck(torch.ops.stl.hidden_gemm, arguments)
 
 
-def test_compiles_without_graph_breaks():
-    module, x = mlp((9, 13, 10)).float(), gaussian(2, 5, 9, seed=0).float()
+@pytest.mark.parametrize("up", [None, (4, 16, "hadamard")])
+def test_compiles_without_graph_breaks(up):
+    module, x = mlp((9, 13, 10), up=up).float(), gaussian(2, 5, 9, seed=0).float()
     module.backend = "triton"
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x))
@@ -99,8 +112,9 @@ def test_autocast_and_dropout():
     assert (module.eval()(x) != 0).all()
 
 
-def test_the_counted_flops_are_those_of_the_layers_and_of_computing_again():
-    module, x = mlp((9, 13, 10)).float(), gaussian(2, 5, 9, seed=0).float().requires_grad_()
+@pytest.mark.parametrize("up", [None, (4, 16, "hadamard")])
+def test_the_counted_flops_are_those_of_the_layers_and_of_computing_again(up):
+    module, x = mlp((9, 13, 10), up=up).float(), gaussian(2, 5, 9, seed=0).float().requires_grad_()
 
     def flops(backend: str) -> tuple[int, int]:
         module.backend = backend
@@ -112,7 +126,9 @@ def test_the_counted_flops_are_those_of_the_layers_and_of_computing_again():
 
     (forward, backward), (wanted, wanted_backward) = flops("triton"), flops("torch")
     tiles = 2 * 2  # rows of tiles
-    again = tiles * 3 * 16 * 16 + tiles * 4 * 16 * (16 + 24)  # encode of x; decode and encode between the layers
+    before = 2 if up else 1  # layers
+    # encode of x; decode and encode between the layers
+    again = before * tiles * 3 * 16 * 16 + tiles * 4 * 16 * (before * 16 + 24)
     assert forward == wanted
     assert backward == wanted_backward + 2 * again
 
