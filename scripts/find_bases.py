@@ -33,6 +33,7 @@ SIZES = {
     3: (23, 22, 21, 20, 18, 15, 12, 9),
     4: (49, 48, 47, 44, 40, 36, 32, 28, 24, 20, 16),
 }
+NOT_A_STATE = (RuntimeError, OSError, EOFError, LookupError, TypeError, AttributeError, ValueError, pickle.PickleError)
 NUMBERS = ("seed", "cycles", "rounds", "chains", "sweeps", "limit")
 ABOUT = (
     "Bases of low error with S within a limit, by scripts/find_bases.py: CP decompositions of the t×t×t "
@@ -64,7 +65,7 @@ def load_state(search: Search, path: Path) -> None:
         search.load_state_dict(torch.load(path, weights_only=True))
     except SettingError as error:
         raise SettingError(f"{str(path)!r} holds another search: {error}; remove it, or give another --state") from None
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except NOT_A_STATE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingError(
             f"{str(path)!r} is no state of a search ({reason}); remove it, or give another --state"
@@ -143,6 +144,13 @@ def run(given: argparse.Namespace) -> None:
         raise SettingError(f"--device {given.device} cannot be used: {str(error).splitlines()[0]}") from None
     search = Search(settings, known, given.device)
     load_state(search, given.state)
+    lost = sorted(set(search.found) - set(read_table(given.table) if given.table.exists() else ()))
+    if lost:
+        sizes = ", ".join(f"tile {tile} rank {rank}" for tile, rank in lost)
+        raise SettingError(
+            f"{str(given.state)!r} has found what {str(given.table)!r} does not hold ({sizes}); give the --table of "
+            "that search, or remove the state and search again"
+        )
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         bar = progress.add_task("", total=settings.total, completed=search.done)

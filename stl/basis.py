@@ -80,7 +80,8 @@ class Basis:
     def amplification(self) -> float:
         """S = Σ_q |encode_x_q|²·|encode_w_q|²·|decode_q|² / t³, which the rounding noise grows with.
 
-        The root mean square noise in low precision is about √(½ + S) of the plain product's.
+        The root mean square noise in low precision is about √(½ + S) of the plain product's where the entries are round
+        numbers; entries that are rounded themselves add to it.
         """
         norms = [m.square().sum(1) for m in (self.encode_x, self.encode_w, self.decode)]
         return (norms[0] * norms[1] * norms[2]).sum().item() / self.tile**3

@@ -121,6 +121,8 @@ def convert(
         elif _match(names, exclude):
             report.left |= dict.fromkeys(names, "in exclude")
         else:
+            if from_dense and not all(weight.is_meta or weight.isfinite().all() for weight in layer.parameters()):
+                raise SettingError(f"layer {same[0].name!r} has NaN or infinite weights; there is nothing to convert")
             built[layer] = _build(layer, from_dense, _axis(same[0], row_axis), settings)
             report.swapped |= dict.fromkeys(names, _describe(built[layer]))
     swapped = [place for place in places if place.layer in built]

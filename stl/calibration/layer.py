@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import islice
-from math import isnan
+from math import inf, isfinite, isnan, nan
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ BASIS_TILES = 256
 BASIS_RATE = 4e-3  # at first, relative to the root mean square of the tensor; at the end a twentieth of it
 
 ZERO = "its dense layer puts out nothing but zeros on the calibration data"
+NOT_FINITE = "what its dense layer puts out on the calibration data overflows, or is NaN"
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ class _Fit:
             solved[:, :, columns] = weight.to(solved)
             weight = solved[:, :, columns].to(weight)  # as rounded in the layer
             after += (target - self._held_out.apply(weight, inside)).square().sum().item()
-        energy = energy or float("nan")
+        if not isfinite(energy):
+            return solved, inf, inf
+        energy = energy or nan
         return solved, before / energy, after / energy
 
 
@@ -140,8 +143,8 @@ def fit_layer(
     fit = _Fit(layer, dense, tiles)
     ridge, steps = fit.choose()
     weight, before, after = fit.solve(ridge, steps)
-    if isnan(before):
-        return ZERO
+    if not isfinite(before):
+        return ZERO if isnan(before) else NOT_FINITE
     if after < before:
         layer.weight.copy_(weight)
     else:

@@ -134,12 +134,19 @@ def test_a_state_or_table_of_something_else_is_refused_and_left(find, capsys, tm
     for content in (b"", b"nothing of the kind"):
         (tmp_path / "found.pt").write_bytes(content)
         assert "is no state of a search" in refused(find, capsys, *QUICK)
-    torch.save({"weights": 1}, tmp_path / "found.pt")
-    assert "is no state of a search" in refused(find, capsys, *QUICK)
+    for content in ({"weights": 1}, {"settings": 1}):
+        torch.save(content, tmp_path / "found.pt")
+        assert "is no state of a search" in refused(find, capsys, *QUICK)
     (tmp_path / "found.pt").unlink()
     (tmp_path / "found.json").write_text("{}")
     assert 'has no list "bases"' in refused(find, capsys, *QUICK)
     assert (tmp_path / "found.json").read_text() == "{}"
+
+
+def test_a_search_that_goes_on_without_its_table_is_refused(find, capsys):
+    find(*QUICK).unlink()
+    said = refused(find, capsys, *QUICK)
+    assert "does not hold (tile 2 rank 5, tile 2 rank 6, tile 2 rank 7); give the --table of that search" in said
 
 
 def test_what_ships_is_what_the_program_searches_for():

@@ -412,3 +412,18 @@ def test_effective_rank_counts_the_directions():
     assert effective_rank(torch.ones(5, 4)) == pytest.approx(1)
     assert effective_rank(torch.ones(1, 4)) == 1
     assert effective_rank(torch.zeros(5, 4)) == 0
+
+
+def test_a_layer_that_overflows_is_said_to():
+    model = nn.Sequential(nn.Linear(8, 8))
+    report = convert(
+        model, tile=2, rank=4, basis="hadamard", from_dense=True, calibration=[torch.full((2, 16, 8), 1e25)] * 4
+    )
+    assert "overflows" in str(report)
+
+
+def test_weights_that_are_not_finite_get_one_line():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(SettingError, match="layer '0' has NaN or infinite weights"):
+        convert(model, tile=2, rank=4, from_dense=True)
