@@ -24,7 +24,7 @@ from stl.kernels.tiles import (
 @triton.jit
 def _decode(
     y, stride_b, stride_n, stride_k, n, k, N, P, K,
-    matrix, channels, pitch, bias, x, x_b, x_n, x_k, products,
+    matrix, channels, bias, x, x_b, x_n, x_k, products,
     T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, INPUT: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def _decode(
         shift = by_column(bias, j, k, T, TT)
     for step in range(ROWS):
         p = chunk * ROWS + step
-        places, exist = channel_places(p, j, P, K, pitch, R, RP, FULL)
+        places, exist = channel_places(p, j, P, K, R, RP, FULL)
         coded = tl.load(channels + places, mask=exist, other=0.0)
         tiles = multiply(tl.trans(basis), coded, None, PRECISION)
         if BIAS:
@@ -85,7 +85,7 @@ def _launch(
     if y.numel():
         with torch.cuda.device_of(y):
             _decode[(grid.programs,)](
-                y, *y.stride(), *tiling.sizes(), matrix, channels, channels.stride(1), bias,
+                y, *y.stride(), *tiling.sizes(), matrix, channels, bias,
                 x, *(0, 0, 0) if x is None else x.stride(), products,
                 **constants(tiling, rank, y.dtype, grid), BIAS=bias is not None, INPUT=x is not None,
             )  # fmt: skip

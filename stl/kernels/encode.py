@@ -13,7 +13,6 @@ from stl.kernels.tiles import (
     constants,
     divide,
     divide_for_sums,
-    empty_channels,
     load_basis,
     multiply,
     store_column_sums,
@@ -25,7 +24,7 @@ from stl.kernels.tiles import (
 @triton.jit
 def _encode(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
-    matrix, channels, pitch, others, products, sums,
+    matrix, channels, others, products, sums,
     T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr, FULL: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +40,7 @@ def _encode(
         p = chunk * ROWS + step
         places, exists = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL)
         tiles = tl.load(x + places, mask=exists, other=0.0)
-        places, exists = channel_places(p, j, P, K, pitch, R, RP, FULL)
+        places, exists = channel_places(p, j, P, K, R, RP, FULL)
         encoded = multiply(basis, tiles, None, PRECISION)
         tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exists)
         if PRODUCT:
@@ -58,7 +57,7 @@ def _encode(
 def encode(x: Tensor, matrix: Tensor, tile: int) -> Tensor:
     """x (B, n, k), any strides, and matrix (r, t²) → channels (r, P, K)."""
     tiling = Tiling(x.shape[0], x.shape[1], x.shape[2], tile)
-    channels = empty_channels(x, len(matrix), tiling.rows, tiling.columns)
+    channels = x.new_empty(len(matrix), tiling.rows, tiling.columns)
     _launch(x, tiling, matrix, channels, None, False)
     return channels
 
@@ -89,7 +88,7 @@ def _launch(
     if channels.numel():
         with torch.cuda.device_of(x):
             _encode[(grid.programs,)](
-                x, *x.stride(), *tiling.sizes(), matrix, channels, channels.stride(1), others, products, sums,
+                x, *x.stride(), *tiling.sizes(), matrix, channels, others, products, sums,
                 **constants(tiling, rank, x.dtype, grid), PRODUCT=others is not None, SUM=bias,
             )  # fmt: skip
     return None if products is None else products.sum(0), None if sums is None else sums.sum(0)

@@ -53,7 +53,7 @@ def _decoded(
     FULL: tl.constexpr,
 ):  # fmt: skip
     """(offsets of channels, which of them exist, coded channels, decoded tiles with bias)."""
-    places, exist = channel_places(p, j, P, M, M, R, RP, FULL)
+    places, exist = channel_places(p, j, P, M, R, RP, FULL)
     coded = tl.load(channels + places, mask=exist, other=0.0)
     return places, exist, coded, multiply(tl.trans(decoder), coded, None, PRECISION) + shift
 
@@ -84,7 +84,7 @@ def _hidden(
             values *= factor
         values = tl.where(tiles_exist(p, j, N, P, n, m, T, TT, FULL), values, 0.0)
         encoded = multiply(encode, values.to(output.dtype.element_ty), None, PRECISION)
-        places, exist = channel_places(p, j, P, M, M, R2, RP2, FULL)
+        places, exist = channel_places(p, j, P, M, R2, RP2, FULL)
         tl.store(output + places, encoded.to(output.dtype.element_ty), mask=exist)
 
 
@@ -117,7 +117,7 @@ def _hidden_backward(
         places, exist, coded, tiles = _decoded(channels, decode, shift, p, j, P, M, R, RP, PRECISION, FULL)
         tiles_are = tiles_exist(p, j, N, P, n, m, T, TT, FULL)
         values = activate(tiles, ACTIVATION, LOW)
-        places2, exist2 = channel_places(p, j, P, M, M, R2, RP2, FULL)
+        places2, exist2 = channel_places(p, j, P, M, R2, RP2, FULL)
         dcoded = tl.load(gradient + places2, mask=exist2, other=0.0)
         dtiles = tl.where(tiles_are, multiply(tl.trans(encode), dcoded, None, PRECISION), 0.0)
         if GATED:

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from stl.kernels.decode import decode, decode_gradient
 from stl.kernels.encode import encode, encode_gradient
-from stl.kernels.tiles import multiply_channels
 from stl.precision import autocast_dtype
 
 
@@ -69,7 +68,7 @@ def _encode_gemm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, encoder: Tensor, rows_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and encoder."""
-    channels = multiply_channels(gradient, weight.mT)
+    channels = torch.bmm(gradient, weight.mT)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dencoder = decode_gradient(
         channels,

@@ -22,10 +22,8 @@ from stl.kernels.tiles import (
     channel_places,
     constants,
     divide,
-    empty_channels,
     load_basis,
     multiply,
-    multiply_channels,
     padded,
     store_column_sums,
     store_product,
@@ -77,7 +75,7 @@ def _load_normalised(
 @triton.jit
 def _norm_encode(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
-    gain, shift, eps, matrix, channels, pitch,
+    gain, shift, eps, matrix, channels,
     T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr, FULL: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
@@ -90,14 +88,14 @@ def _norm_encode(
     if SHIFT:
         tiles = tl.where(exist, tiles + by_column(shift, j, k, T, TT), 0.0)
     encoded = multiply(load_basis(matrix, R, T, RP, TT), tiles.to(matrix.dtype.element_ty), None, PRECISION)
-    places, exist = channel_places(p, j, P, K, pitch, R, RP, FULL)
+    places, exist = channel_places(p, j, P, K, R, RP, FULL)
     tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exist)
 
 
 @triton.jit
 def _norm_encode_backward(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
-    gain, shift, eps, matrix, gradient, pitch, dx, dx_b, dx_n, dx_k, products, dgain, dshift,
+    gain, shift, eps, matrix, gradient, dx, dx_b, dx_n, dx_k, products, dgain, dshift,
     T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr, FULL: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +116,7 @@ def _norm_encode_backward(
         if SHIFT:
             tiles = tl.where(exist, tiles + by_column(shift, j, k, T, TT), 0.0)
         tiles = tiles.to(matrix.dtype.element_ty)
-        places, exist_coded = channel_places(p, j, P, K, pitch, R, RP, FULL)
+        places, exist_coded = channel_places(p, j, P, K, R, RP, FULL)
         coded = tl.load(gradient + places, mask=exist_coded, other=0.0)
         again = multiply(basis, tiles, None, PRECISION)
         tl.store(gradient + places, again.to(gradient.dtype.element_ty), mask=exist_coded)  # `coded` has been read
@@ -153,12 +151,12 @@ def _norm_encode_gemm(
     (r, t²) → channels (r, P, M) of (x − μ)/σ·gain + shift, of x/√(mean x²)·gain where not `centre`."""
     samples, tile = sample_view(x, rows_first), tile_of(encoder)
     tiling = Tiling(samples.shape[0], samples.shape[1], samples.shape[2], tile)
-    channels = empty_channels(weight, len(encoder), tiling.rows, tiling.columns)
+    channels = weight.new_empty(len(encoder), tiling.rows, tiling.columns)
     if channels.numel():
         with torch.cuda.device_of(x):
             _norm_encode[(tiling.rows,)](
                 samples, *samples.stride(), *tiling.sizes(), gain, shift, eps, encoder.contiguous(), channels,
-                channels.stride(1), **_constants(tiling, encoder, centre, shift, _grid(tiling, 1)),
+                **_constants(tiling, encoder, centre, shift, _grid(tiling, 1)),
             )  # fmt: skip
     return torch.bmm(channels, weight)
 
@@ -185,7 +183,7 @@ def _norm_encode_gemm_backward(
     tiling = Tiling(samples.shape[0], samples.shape[1], samples.shape[2], tile)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dsamples = sample_view(dx, rows_first)
-    channels = multiply_channels(gradient, weight.mT)
+    channels = torch.bmm(gradient, weight.mT)
     grid = _grid(tiling, 1024)
     products = x.new_empty(grid.programs, *encoder.shape, dtype=torch.float32)
     dgain = x.new_empty(grid.programs, tiling.k, dtype=torch.float32)
@@ -194,7 +192,7 @@ def _norm_encode_gemm_backward(
         with torch.cuda.device_of(x):
             _norm_encode_backward[(grid.programs,)](
                 samples, *samples.stride(), *tiling.sizes(), gain, shift, eps, encoder.contiguous(),
-                channels, channels.stride(1), dsamples, *dsamples.stride(), products, dgain, dshift,
+                channels, dsamples, *dsamples.stride(), products, dgain, dshift,
                 **_constants(tiling, encoder, centre, shift, grid),
             )  # fmt: skip
     return (

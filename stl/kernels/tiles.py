@@ -1,9 +1,9 @@
 """How a program addresses tiles in a matrix and channels in an encoded one.
 
 Names, here and in the kernels: X (B, n, k) holds tiles of T × T entries, N·K of them in each of its B samples, so that
-P = B·N is the number of rows of tiles. Channels are (R, P, K), with `pitch` numbers from row to row. A program holds
-BLOCK tiles of one row of tiles p: their entries as (TT, BLOCK), row-major inside a tile, their channels as (RP, BLOCK).
-TT and RP are T² and R rounded up to what `tl.dot` takes; the rest is zeros.
+P = B·N is the number of rows of tiles. Channels are (R, P, K), contiguous. A program holds BLOCK tiles of one row of
+tiles p: their entries as (TT, BLOCK), row-major inside a tile, their channels as (RP, BLOCK). TT and RP are T² and R
+rounded up to what `tl.dot` takes; the rest is zeros.
 """
 
 from math import ceil, log2
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # Programs of a launch. Where each leaves sums behind, those of one warp that a GPU of 132 multiprocessors holds at
 # once; else a few times what it holds.
@@ -50,17 +49,6 @@ def padded(entries: int) -> int:
 def precision(dtype: torch.dtype) -> str:
     """The arithmetic of `multiply`: float32 stays float32, and so does all in the interpreter, which has no bf16."""
     return "ieee" if dtype == torch.float32 or triton.knobs.runtime.interpret else "tf32"
-
-
-def empty_channels(like: Tensor, rank: int, rows: int, columns: int) -> Tensor:
-    """(rank, rows, columns) whose rows begin at multiples of 16 bytes, without which GEMMs are several times slower."""
-    step = 16 // like.element_size()
-    return like.new_empty(rank, rows, ceil(columns / step) * step)[:, :, :columns]
-
-
-def multiply_channels(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, channel by channel, as `empty_channels`."""
-    return torch.bmm(a, b, out=empty_channels(a, len(a), a.shape[1], b.shape[2]))
 
 
 class Grid(NamedTuple):
@@ -163,7 +151,7 @@ def tiles_exist(
 
 
 @triton.jit
-def channel_places(p, j, P, K, pitch, R: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr):
+def channel_places(p, j, P, K, R: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr):
     """Offsets (RP, BLOCK) of the channels of the tiles j in the row of tiles p, and which of them exist."""
     q = tl.arange(0, RP)[:, None]
     exist = tl.full((RP, j.shape[0]), True, tl.int1)
@@ -173,7 +161,7 @@ def channel_places(p, j, P, K, pitch, R: tl.constexpr, RP: tl.constexpr, FULL: t
         exist = exist & (p < P)
     if not FULL[2]:
         exist = exist & (j[None, :] < K)
-    return (q * P + p.to(tl.int64)) * pitch + j[None, :], exist
+    return (q * P + p.to(tl.int64)) * K + j[None, :], exist
 
 
 @triton.jit
