@@ -40,7 +40,6 @@ class Method:
     macs: int
     numbers: int  # read and written, each once
     facts: dict[str, Any] = field(default_factory=dict)  # what its row says of it beside the name
-    graph: bool = True  # whether a CUDA graph of it can be timed
 
 
 def one_pass(
@@ -168,7 +167,7 @@ def measure(
         if error <= TOLERANCE[dtype]:  # false for NaN as well
             if device == "cuda":
                 row["peak_bytes"] = peak_bytes(method.run)
-            runs[method.name] = repeatable(method.run, device) if method.graph else method.run
+            runs[method.name] = repeatable(method.run, device)
     seconds = take_turns(runs, device) if runs else {}
     for row in rows:
         if row["method"] in seconds:

@@ -82,10 +82,11 @@ def convert(
         A report of the layers swapped, and of those left with the reason.
 
     Raises:
-        SettingError: no such basis, a pattern that matches no linear layer, or a model without any; calibration without
-        `from_dense`, without batches, with NaN, or of a model on the meta device; `calibrate_basis` without
-        calibration. The model is then unchanged, as after whatever error the model itself raises on the calibration
-        data. A model that is itself a linear layer cannot be swapped in place: use `STLLinear.from_linear`.
+        SettingError: no such basis, a pattern that matches no linear layer, or a model without any; with `from_dense`
+        a weight that is NaN or infinite; calibration without `from_dense`, without batches, with NaN, or of a model on
+        the meta device; `calibrate_basis` without calibration. The model is then unchanged, as after whatever error the
+        model itself raises on the calibration data. A model that is itself a linear layer cannot be swapped in place:
+        use `STLLinear.from_linear`.
     """
     get_basis(basis, tile, rank)
     if row_axis not in ROW_AXES:

@@ -51,7 +51,7 @@ def _gate(y, NAME: tl.constexpr, LOW: tl.constexpr):
 
 @triton.jit
 def _sigmoid(z, LOW: tl.constexpr):
-    """1/(1 + 2⁻ᶻ); LOW: without what guards subnormal numbers and huge divisors, a quarter of the hidden kernel."""
+    """1/(1 + 2⁻ᶻ); LOW: without what guards subnormal numbers and huge divisors."""
     if LOW and not INTERPRETED:
         steps: tl.constexpr = """
             { .reg .f32 power;

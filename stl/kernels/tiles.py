@@ -134,10 +134,7 @@ def tile_places(
 
 
 @triton.jit
-def tiles_exist(
-    p, j, N, P, n, k, T: tl.constexpr, TT: tl.constexpr,
-    FULL: tl.constexpr,
-):  # fmt: skip
+def tiles_exist(p, j, N, P, n, k, T: tl.constexpr, TT: tl.constexpr, FULL: tl.constexpr):
     """Which entries (TT, BLOCK) exist of the tiles j in the row of tiles p; only what can be false is computed."""
     e = tl.arange(0, TT)[:, None]
     exist = tl.full((TT, j.shape[0]), True, tl.int1)
