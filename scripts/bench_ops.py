@@ -52,9 +52,9 @@ def product(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
 
 
 def methods(
-    x: Tensor, w: Tensor, bias: Tensor, ranks: list[int], backends: list[str], backward: bool, with_sparse: bool = True
+    x: Tensor, w: Tensor, bias: Tensor, ranks: list[int], backends: list[str], backward: bool
 ) -> Iterator[Method]:
-    """Dense, dense compiled, 2:4 where it is asked for, and STL by each backend and rank."""
+    """Dense; on a GPU dense compiled, and 2:4, which has no backward pass; STL by each backend and rank."""
     (n, k), m, device, dtype = x.shape, len(w), x.device.type, x.dtype
     gradient = torch.randn_like(x[:, :1]) * torch.randn_like(bias)
     wide = torch.float64 if dtype == torch.float32 else torch.float32
@@ -79,7 +79,7 @@ def methods(
     if device == "cuda":
         compiled = torch.compile(F.linear, dynamic=False)
         yield Method("dense, compiled", layer(compiled, w, bias), dense, passes * n * k * m, sizes + passes * k * m)
-        if with_sparse and not backward:
+        if not backward:
             yield sparse(x, w, bias)
     for rank in ranks:
         basis = get_basis(EXACT.get(rank, "frame"), 4, rank)
@@ -97,11 +97,7 @@ def methods(
 
 
 def sparse(x: Tensor, w: Tensor, bias: Tensor) -> Method:
-    """2:4 sparsity by cuSPARSELt with the algorithm that its search finds for this shape.
-
-    Beside all the other methods the process has twice ended in an illegal memory access, for a reason not known; alone
-    it has not. `--without-sparse` leaves it out.
-    """
+    """2:4 sparsity by cuSPARSELt with the algorithm that its search finds for this shape."""
     groups = w.view(-1, 4)
     kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.abs().topk(2, 1).indices, True)
     pruned = (groups * kept).view_as(w)
@@ -127,16 +123,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,K,M")
     parser.add_argument("--backward", action="store_true", help="forward and backward pass, all gradients")
-    parser.add_argument("--without-sparse", action="store_true", help="leave 2:4 out")
     add_options(parser, [16, 24, 32, 48, 49], ["auto"], "results/ops.json")
     arguments = parser.parse_args()
     shapes = [Shape.parse(text) for text in arguments.shapes]
     result = begin(arguments) | {"pass": "forward and backward" if arguments.backward else "forward"}
     for shape in shapes:
         inputs = operands(shape, arguments.device, getattr(torch, arguments.dtype))
-        candidates = methods(
-            *inputs, arguments.ranks, arguments.backends, arguments.backward, not arguments.without_sparse
-        )
+        candidates = methods(*inputs, arguments.ranks, arguments.backends, arguments.backward)
         more = partial(product_error, product(*inputs))
         for row in measure(vars(shape), candidates, result["ceilings"], more):
             result["rows"].append(row)

@@ -91,11 +91,12 @@ def repeatable(run: Callable[[], object], device: str) -> Callable[[], object]:
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = run()
+        result = run()
+    kept = result, run  # a graph holds neither what it writes nor what it reads
 
     def replay() -> object:
         graph.replay()
-        return kept  # holds the graph's memory
+        return kept
 
     return replay
 
