@@ -91,6 +91,10 @@ class ImageDataModule(pl.LightningDataModule):
         """The held-out split, never augmented; called once, by `setup`."""
         raise NotImplementedError
 
+    def seeded_train_data(self) -> Dataset:
+        """The training split, asked for by (index, seed)."""
+        return SeededItems(self.train_data)
+
     def setup(self, stage: str | None = None) -> None:
         if self.train_data is None and stage in (None, "fit"):
             self.train_data = self.train_set()
@@ -172,7 +176,7 @@ class ImageDataModule(pl.LightningDataModule):
             epoch=self._position["epoch"],
             skip=self._position["batches"] * share,
         )
-        return self._loader(SeededItems(self.train_data), batch_size=share, sampler=order)
+        return self._loader(self.seeded_train_data(), batch_size=share, sampler=order)
 
     def val_dataloader(self) -> Any:
         device, devices = self._place()

@@ -93,7 +93,7 @@ def _collate_readable(items: list[Any]) -> Any:
     return default_collate(readable) if readable else None
 
 
-def _open_tree(root: Path) -> tuple[_Folder, _Folder]:
+def open_tree(root: Path) -> tuple[_Folder, _Folder]:
     """Both splits, without transforms; raises `SettingError` if the tree is not as expected."""
 
     def wrong(what: str) -> SettingError:
@@ -173,7 +173,7 @@ class ImageFolder(ImageDataModule):
         )
         plain = eval_transform(image_size, crop_pct=crop_pct)
         path = Path(os.path.abspath(os.path.expanduser(root)))
-        self._train, self._val = _open_tree(path)
+        self._train, self._val = open_tree(path)
         self._train.transform, self._val.transform = augmented, plain
         self.unreadable = Unreadable([self._train, self._val], max_unreadable)
         self.name = name or path.name

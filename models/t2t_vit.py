@@ -18,7 +18,7 @@ from models.tokens_to_token import TOKEN_LAYERS, Linear, Size, TokensToToken, so
 from stl import SettingError, STLLinear
 
 LINEAR_GROUPS = ("backbone", "t2t", "head")
-TOKEN_ORDERS = ("raster", "block")
+TOKEN_ORDERS = ("raster", "block", "random")
 
 
 class Attention(nn.Module):
@@ -80,8 +80,8 @@ class T2TViT(nn.Module):
         linear_groups: which layers `linear` makes, of "backbone", "t2t" and "head"; the others are dense.
         strides: of the three soft splits; None follows the image, see `soft_split_strides`.
         token_order: in which order patch tokens pass the backbone, which STL layers with inexact bases see: "raster"
-            makes a tile of four tokens a piece of a row, "block" a 2×2 square. The class token goes last, so that the
-            patches' tiles stay aligned.
+            makes a tile of four tokens a piece of a row, "block" a 2×2 square, and "random", one shuffle for all
+            images, leaves no neighbours together. The class token goes last, so that the patches' tiles stay aligned.
         t2t_drop_rate: dropout inside the T2T module; None is the official 0.1 for "performer", 0 for "transformer".
 
     Raises SettingError for an unknown group or order, or an image size out of range.
@@ -233,6 +233,8 @@ def token_permutation(grid: tuple[int, int], order: str) -> Tensor | None:
     if order == "raster":
         return None
     rows, columns = grid
+    if order == "random":
+        return torch.randperm(rows * columns, generator=torch.Generator().manual_seed(0))
     cells = [(r, c) for r in range(rows) for c in range(columns)]
     cells.sort(key=lambda cell: (cell[0] // 2, cell[1] // 2, cell))
     return torch.tensor([r * columns + c for r, c in cells])

@@ -140,7 +140,7 @@ def test_strides_are_the_published_ones_at_224_and_follow_small_images():
 
 
 @pytest.mark.parametrize("basis", ["hadamard", "products"])
-@pytest.mark.parametrize("order", ["raster", "block"])
+@pytest.mark.parametrize("order", ["raster", "block", "random"])
 def test_logits_are_the_same_alone_and_in_any_batch(basis, order):
     torch.manual_seed(0)
     linear = partial(STLLinear, tile=4, rank=16, basis=basis)

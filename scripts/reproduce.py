@@ -1,0 +1,176 @@
+"""Run, or resume, what a table still lacks, and build it: Markdown, LaTeX, CSV and a plot from summary.json files.
+
+    python scripts/reproduce.py --table vit --list                  # every row: its state, its cost, its command
+    python scripts/reproduce.py --table vit --set data.root=/path/to/tiny-imagenet-200 compile=reduce-overhead
+    python scripts/reproduce.py --table vit --only 'tuning/*' --jobs 4 --minutes 30
+    python scripts/reproduce.py --table vit --build                 # only the table, from what is there
+
+Runs go to outputs/<table>/<section>/<row>/seed<seed>/. What a table needs of a run that has ended is kept in
+results/<table>/, beside the table itself; a run that was stopped, by --minutes, Ctrl-C or SIGTERM, goes on next time. A
+row that was not run says so.
+"""
+
+import argparse
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+from benchmarking import run_main
+from rich.console import Console
+from rich.table import Table
+from study import KEPT, Run, Section, Study, read_study
+from study_report import write_report
+
+from stl import SettingError
+
+PROGRAM = Path(__file__).parents[1] / "train.py"
+
+
+def keep(run: Run, outputs: Path, results: Path) -> bool:
+    """Copy what is kept of a run that has ended; False where it has not."""
+    if run.summary(outputs) is None:
+        return False
+    target = results / run.folder
+    target.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        shutil.copyfile(outputs / run.folder / name, target / name)
+    return True
+
+
+def state(run: Run, outputs: Path, results: Path) -> str:
+    summary = run.summary(results)
+    if summary is not None:
+        return f"done, top-1 {summary['top1']:.2f}"
+    epochs = run.epochs(outputs)
+    return f"stopped after {epochs} epochs" if epochs else "not run"
+
+
+def cost(runs: Iterable[Run], results: Path) -> str:
+    """What a run of this row took, where one has ended."""
+    for run in runs:
+        if summary := run.summary(results):
+            return f"{summary['wall_seconds'] / 60:.0f} min, {summary['device']}"
+    return "not known"
+
+
+def command(run: Run, outputs: Path, machine: list[str]) -> list[str]:
+    folder = f"hydra.run.dir={outputs / run.folder}"
+    return [str(PROGRAM), *run.overrides, *machine, "callbacks.progress_bar=null", folder]
+
+
+def listing(sections: Iterable[Section], outputs: Path, results: Path) -> None:
+    """Every run on one line, and under each row how to train it."""
+    console = Console()
+    for section in sections:
+        table = Table("row", "seed", "state", "cost", title=f"{section.name}: {section.title}", title_justify="left")
+        for row in section.rows:
+            for run in row.runs:
+                seed = run.folder.rpartition("seed")[2]
+                table.add_row(row.name, seed, state(run, outputs, results), cost(row.runs, results))
+        console.print(table)
+        for row in section.rows:
+            words = shlex.join(row.runs[0].overrides)
+            console.print(f"python train.py {words}", soft_wrap=True, highlight=False, style="dim")
+
+
+def train_all(
+    runs: list[Run], machine: list[str], jobs: int, minutes: float | None, outputs: Path, results: Path
+) -> list[Run]:
+    """Train them, `jobs` side by side; returns those that failed. After `minutes` what is under way is stopped."""
+    waiting, failed, done = list(runs), [], 0
+    under_way: dict[Run, subprocess.Popen[bytes]] = {}
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    try:
+        while waiting or under_way:
+            while waiting and len(under_way) < jobs:
+                run = waiting.pop(0)
+                under_way[run] = _start(run, machine, outputs)
+                print(f"started {run.folder}", flush=True)
+            time.sleep(0.2)
+            if deadline is not None and time.monotonic() > deadline:
+                print(f"{minutes:g} minutes are over", flush=True)
+                break
+            for run in [run for run, process in under_way.items() if process.poll() is not None]:
+                code = under_way.pop(run).returncode
+                if code == 0 and keep(run, outputs, results):
+                    done += 1
+                    print(f"{run.folder}: {state(run, outputs, results)} ({done} of {len(runs)})", flush=True)
+                else:
+                    failed.append(run)
+                    print(f"{run.folder} failed: {_last_line(outputs / run.folder)}", flush=True)
+    except KeyboardInterrupt:
+        print("stopping", flush=True)
+    for process in under_way.values():
+        process.send_signal(signal.SIGTERM)  # a checkpoint, then the end
+    for run, process in under_way.items():
+        process.wait()
+        print(f"{run.folder}: {state(run, outputs, results)}", flush=True)
+    return failed
+
+
+def _start(run: Run, machine: list[str], outputs: Path) -> subprocess.Popen[bytes]:
+    folder = outputs / run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("ab") as log:
+        words = [sys.executable, *command(run, outputs, machine)]
+        return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _last_line(folder: Path) -> str:
+    lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it wrote nothing"
+
+
+def chosen(study: Study, patterns: list[str]) -> list[Section]:
+    """The sections and of them the rows that match; raises SettingError for a pattern that matches nothing."""
+    if not patterns:
+        return [section for section in study.sections if not section.by_hand]
+    found = []
+    for section in study.sections:
+        rows = [row for row in section.rows if any(fnmatch(row.runs[0].folder, f"{p}/seed*") for p in patterns)]
+        if rows:
+            found.append(Section(section.name, section.title, tuple(rows), section.baseline, section.by_hand))
+    names = [row.runs[0].folder.rpartition("/")[0] for section in study.sections for row in section.rows]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise SettingError(f"--only {pattern} matches no row; there are {', '.join(names)}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", required=True, help="one of configs/table/, or a file like those")
+    parser.add_argument("--list", action="store_true", help="show every row and run nothing")
+    parser.add_argument("--build", action="store_true", help="build the table from what is there and run nothing")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION/ROW", help="patterns of rows")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of this machine, for every run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side on this machine")
+    parser.add_argument("--minutes", type=float, help="stop after so many; the next call goes on")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"))
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    arguments = parser.parse_args()
+    study = read_study(arguments.table)
+    outputs, results = arguments.outputs.resolve() / study.name, arguments.results / study.name
+    if arguments.list:
+        listing(chosen(study, arguments.only) if arguments.only else study.sections, outputs, results)
+        return
+    failed: list[Run] = []
+    if not arguments.build:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        runs = [run for section in chosen(study, arguments.only) for run in section.runs]
+        missing = [run for run in runs if run.summary(results) is None and not keep(run, outputs, results)]
+        failed = train_all(missing, arguments.set, arguments.jobs, arguments.minutes, outputs, results)
+    for path in write_report(study, results):
+        print(f"written to {path}")
+    if failed:
+        sys.exit(f"error: {len(failed)} runs failed; see log.txt in their folders below {outputs}")
+
+
+if __name__ == "__main__":
+    run_main(main)

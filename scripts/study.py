@@ -1,0 +1,124 @@
+"""The rows of a table: what is trained for it, with which settings and seeds, and how far that is.
+
+A table is a file in configs/table/: sections of rows, each a list of settings as `python train.py` takes them. A row is
+trained once for each seed of its section; `grid` makes several rows of one.
+"""
+
+import csv
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from stl import SettingError
+
+TABLES = Path(__file__).parents[1] / "configs" / "table"
+KEPT = ("summary.json", "metrics.csv", "config.yaml")  # of a run, beside the table
+# Settings that say where and how fast a run is, not what it is.
+OF_THE_MACHINE = re.compile(
+    r"[+~]*(data\.(root|download|num_workers|device_batch_size|eval_batch_size)|compile|num_threads|logger|"
+    r"trainer\.(devices|num_nodes|accelerator)|callbacks\..*)="
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a row."""
+
+    folder: str  # <section>/<row>/seed<seed>
+    overrides: tuple[str, ...]
+
+    def summary(self, root: Path) -> dict[str, Any] | None:
+        """Its summary below `root`; None where there is none, or one of other settings."""
+        try:
+            summary = json.loads((root / self.folder / "summary.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return summary if settings(summary["overrides"]) == settings(self.overrides) else None
+
+    def epochs(self, root: Path) -> int:
+        """How many epochs of a run that has not ended are in its curve below `root`."""
+        try:
+            with (root / self.folder / "metrics.csv").open() as file:
+                return len({row["epoch"] for row in csv.DictReader(file) if row.get("top1")})
+        except OSError:
+            return 0
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """`baseline` names the row that others are compared with; `by_hand` sections run only where they are asked for."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    baseline: str | None
+    by_hand: bool
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        return tuple(run for row in self.rows for run in row.runs)
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    title: str
+    sections: tuple[Section, ...]
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        return tuple(run for section in self.sections for run in section.runs)
+
+
+def settings(overrides: Any) -> list[str]:
+    """The overrides that say what a run is."""
+    return sorted(word for word in overrides if not OF_THE_MACHINE.match(word))
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def read_study(name: str) -> Study:
+    """The table of this name, or in this file; raises SettingError where there is none, or two rows have one folder."""
+    path = Path(name) if name.endswith(".yaml") else TABLES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in TABLES.glob("*.yaml")))
+        raise SettingError(f"--table {name} is unknown; there are {known}, or give a file, table.yaml")
+    content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    sections = []
+    for key, section in content["sections"].items():
+        rows = [row for entry in section["rows"] for row in _rows(key, section, entry)]
+        folders = [row.runs[0].folder for row in rows]
+        if len(set(folders)) < len(folders):
+            raise SettingError(f"{path}: two rows of section {key} have the same name")
+        baseline, by_hand = section.get("baseline"), section.get("by_hand", False)
+        sections.append(Section(key, section["title"], tuple(rows), baseline, by_hand))
+    return Study(path.stem, content["title"], tuple(sections))
+
+
+def _rows(section_name: str, section: dict[str, Any], entry: dict[str, Any]) -> list[Row]:
+    grid: dict[str, list[Any]] = entry.get("grid", {})
+    rows = []
+    for values in itertools.product(*grid.values()):
+        chosen = list(zip(grid, values, strict=True))
+        name = ", ".join([entry["name"], *(f"{key.rpartition('.')[2]} {value}" for key, value in chosen)])
+        overrides = [*entry.get("overrides", []), *section.get("overrides", [])]
+        overrides += [f"{key}={value}" for key, value in chosen]
+        runs = [
+            Run(f"{section_name}/{slug(name)}/seed{seed}", (*overrides, f"seed={seed}")) for seed in section["seeds"]
+        ]
+        rows.append(Row(name, tuple(runs)))
+    return rows
