@@ -23,6 +23,7 @@ from pathlib import Path
 
 from benchmarking import run_main
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from study import KEPT, Run, Section, Study, read_study
 from study_report import write_report
@@ -72,11 +73,11 @@ def listing(sections: Iterable[Section], outputs: Path, results: Path) -> None:
         for row in section.rows:
             for run in row.runs:
                 seed = run.folder.rpartition("seed")[2]
-                table.add_row(row.name, seed, state(run, outputs, results), cost(row.runs, results))
+                table.add_row(escape(row.name), seed, state(run, outputs, results), cost(row.runs, results))
         console.print(table)
         for row in section.rows:
             words = shlex.join(row.runs[0].overrides)
-            console.print(f"python train.py {words}", soft_wrap=True, highlight=False, style="dim")
+            console.print(f"python train.py {words}", soft_wrap=True, highlight=False, markup=False)
 
 
 def train_all(
