@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -134,13 +135,13 @@ def chosen(study: Study, patterns: list[str]) -> list[Section]:
         return [section for section in study.sections if not section.by_hand]
     found = []
     for section in study.sections:
-        rows = [row for row in section.rows if any(fnmatch(row.runs[0].folder, f"{p}/seed*") for p in patterns)]
+        rows = [row for row in section.rows if any(fnmatch(row.folder, pattern) for pattern in patterns)]
         if rows:
-            found.append(Section(section.name, section.title, tuple(rows), section.baseline, section.by_hand))
-    names = [row.runs[0].folder.rpartition("/")[0] for section in study.sections for row in section.rows]
+            found.append(replace(section, rows=tuple(rows)))
+    folders = [row.folder for row in study.rows]
     for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise SettingError(f"--only {pattern} matches no row; there are {', '.join(names)}")
+        if not any(fnmatch(folder, pattern) for folder in folders):
+            raise SettingError(f"--only {pattern} matches no row; there are {', '.join(folders)}")
     return found
 
 
@@ -164,7 +165,7 @@ def main() -> None:
     failed: list[Run] = []
     if not arguments.build:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        runs = [run for section in chosen(study, arguments.only) for run in section.runs]
+        runs = [run for section in chosen(study, arguments.only) for row in section.rows for run in row.runs]
         missing = [run for run in runs if run.summary(results) is None and not keep(run, outputs, results)]
         failed = train_all(missing, arguments.set, arguments.jobs, arguments.minutes, outputs, results)
     for path in write_report(study, results):

@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +52,21 @@ class Run:
 @dataclass(frozen=True)
 class Row:
     name: str
+    folder: str  # <section>/<row>
     runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True)
 class Section:
-    """`baseline` names the row that others are compared with; `by_hand` sections run only where they are asked for."""
+    """Its rows are compared with `baseline`, and shown in the plot where `plot` is set; a section `by_hand` runs only
+    where it is asked for."""
 
     name: str
     title: str
     rows: tuple[Row, ...]
-    baseline: str | None
+    baseline: str | None  # <section>/<row>, of this section or another
     by_hand: bool
-
-    @cached_property
-    def runs(self) -> tuple[Run, ...]:
-        return tuple(run for row in self.rows for run in row.runs)
+    plot: bool
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,9 @@ class Study:
     title: str
     sections: tuple[Section, ...]
 
-    @cached_property
-    def runs(self) -> tuple[Run, ...]:
-        return tuple(run for section in self.sections for run in section.runs)
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(row for section in self.sections for row in section.rows)
 
 
 def settings(overrides: Any) -> list[str]:
@@ -101,12 +99,17 @@ def read_study(name: str) -> Study:
     sections = []
     for key, section in content["sections"].items():
         rows = [row for entry in section["rows"] for row in _rows(key, section, entry)]
-        folders = [row.runs[0].folder for row in rows]
+        folders = [row.folder for row in rows]
         if len(set(folders)) < len(folders):
             raise SettingError(f"{path}: two rows of section {key} have the same name")
-        baseline, by_hand = section.get("baseline"), section.get("by_hand", False)
-        sections.append(Section(key, section["title"], tuple(rows), baseline, by_hand))
-    return Study(path.stem, content["title"], tuple(sections))
+        by_hand, plot = section.get("by_hand", False), section.get("plot", False)
+        sections.append(Section(key, section["title"], tuple(rows), section.get("baseline"), by_hand, plot))
+    study = Study(path.stem, content["title"], tuple(sections))
+    folders = [row.folder for row in study.rows]
+    for section in sections:
+        if section.baseline is not None and section.baseline not in folders:
+            raise SettingError(f"{path}: baseline {section.baseline} is none of the rows {', '.join(folders)}")
+    return study
 
 
 def _rows(section_name: str, section: dict[str, Any], entry: dict[str, Any]) -> list[Row]:
@@ -117,8 +120,7 @@ def _rows(section_name: str, section: dict[str, Any], entry: dict[str, Any]) -> 
         name = ", ".join([entry["name"], *(f"{key.rpartition('.')[2]} {value}" for key, value in chosen)])
         overrides = [*entry.get("overrides", []), *section.get("overrides", [])]
         overrides += [f"{key}={value}" for key, value in chosen]
-        runs = [
-            Run(f"{section_name}/{slug(name)}/seed{seed}", (*overrides, f"seed={seed}")) for seed in section["seeds"]
-        ]
-        rows.append(Row(name, tuple(runs)))
+        folder = f"{section_name}/{slug(name)}"
+        runs = [Run(f"{folder}/seed{seed}", (*overrides, f"seed={seed}")) for seed in section["seeds"]]
+        rows.append(Row(name, folder, tuple(runs)))
     return rows

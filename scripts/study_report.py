@@ -46,12 +46,9 @@ class Result:
         return next(iter(self.summaries.values()))
 
 
-def read_results(section: Section, results: Path) -> list[Result]:
-    found = []
-    for row in section.rows:
-        summaries = {run: run.summary(results) for run in row.runs}
-        found.append(Result(row, {summary["seed"]: summary for summary in summaries.values() if summary}))
-    return found
+def read_result(row: Row, results: Path) -> Result:
+    summaries = [run.summary(results) for run in row.runs]
+    return Result(row, {summary["seed"]: summary for summary in summaries if summary})
 
 
 def mean_and_deviation(numbers: Sequence[float]) -> str:
@@ -109,16 +106,19 @@ def write_report(study: Study, results: Path) -> list[Path]:
     base = results / study.name
     markdown, latex, lines = [f"# {study.title}"], [], []
     points: list[tuple[str, Result]] = []
+    every = {row.folder: read_result(row, results) for row in study.rows}
     for section in study.sections:
-        rows = read_results(section, results)
-        baseline = next((result for result in rows if result.row.name == section.baseline), None)
+        rows = [every[row.folder] for row in section.rows]
+        baseline = every[section.baseline] if section.baseline else None
         text = [cells(result, baseline) for result in rows]
         markdown += [f"## {section.title}", table(COLUMNS, text)]
+        if baseline:
+            markdown.append(f"The baseline is {baseline.row.folder}.")
         if any(result.summaries for result in rows):
             markdown.append(f"<sub>{origin(rows)}</sub>")
         latex.append(to_latex(section.title, text))
         lines += [line for result in rows for line in csv_lines(section, result)]
-        if section.baseline:
+        if section.plot:
             points += [(section.name, result) for result in rows if result.summaries]
     written = [base.with_suffix(suffix) for suffix in (".md", ".tex", ".csv")]
     written[0].write_text("\n\n".join(markdown) + "\n")

@@ -1,0 +1,163 @@
+"""Tables of runs: what is run, resumed and kept, and what stands in the table."""
+
+import csv
+import json
+import sys
+
+import pytest
+import reproduce
+from hydra import compose, initialize_config_dir
+from running import CONFIGS
+from study import TABLES, Run, read_study
+from study_report import write_report
+
+from stl import SettingError
+
+# Stands in for train.py: top-1 is 10·lr + seed; a run with `fail` fails; one with `wait` writes a curve and waits.
+PROGRAM = """
+import json, signal, sys, time
+from pathlib import Path
+words = dict(word.split("=", 1) for word in sys.argv[1:])
+folder = Path(words["hydra.run.dir"])
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "metrics.csv").write_text("epoch,top1\\n0,0.5\\n0,\\n1,0.6\\n")
+(folder / "config.yaml").write_text("seed: 0\\n")
+print("complaint" if "fail" in words else "fine")
+if "fail" in words:
+    sys.exit(1)
+if "wait" in words:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    time.sleep(60)
+overrides = sorted(word for word in sys.argv[1:] if not word.startswith("hydra"))
+summary = dict(seed=int(words["seed"]), top1=10 * float(words["lr"]) + int(words["seed"]), top5=50.0, val_loss=1.0)
+summary |= dict(params=4_000_000, epochs=2, wall_seconds=60.0, device="a GPU", git_commit="abc", date="2026-01-02T03")
+summary |= dict(overrides=overrides, macs=dict(linear=2_000_000, total=3_000_000), dataset="digits")
+summary |= dict(flop_factor=dict(core=4.0, linear=2.7, total=2.4), versions=dict(torch="2.11.0"))
+(folder / "summary.json").write_text(json.dumps(summary))
+"""
+TABLE = """
+title: A table
+sections:
+  first:
+    title: learning rates
+    overrides: [epochs=2]
+    seeds: [0, 1]
+    baseline: first/dense-lr-1
+    plot: true
+    rows:
+      - {name: dense, grid: {lr: [1, 2]}}
+  second:
+    title: more
+    seeds: [0]
+    by_hand: true
+    rows:
+      - {name: broken, overrides: [lr=1, fail=1]}
+      - {name: slow, overrides: [lr=1, wait=1]}
+"""
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """call(options…) runs reproduce.py on TABLE, in tmp_path."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "mine.yaml").write_text(TABLE)
+    monkeypatch.setattr(reproduce, "PROGRAM", tmp_path / "program.py")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "--table", "mine.yaml", *options])
+        reproduce.main()
+
+    return run
+
+
+@pytest.mark.parametrize("path", sorted(TABLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_row_of_the_tables_is_a_configuration(path):
+    settings = {}  # one of those that differ in their numbers only, for a configuration takes its time
+    for row in read_study(path.stem).rows:
+        words = row.runs[0].overrides
+        settings[tuple(word if word.startswith("experiment") else word.partition("=")[0] for word in words)] = words
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for words in settings.values():
+            assert compose("train", overrides=list(words)).trainer.max_epochs > 0
+
+
+def test_what_is_missing_is_run_once_and_the_table_is_built(call, tmp_path, capsys):
+    call("--jobs", "2", "--set", "data.root=elsewhere")
+    text = (tmp_path / "results/mine/mine.md").read_text()
+    assert "| dense, lr 1 | 10.50 ± 0.71 | 2 of 2 |  |  | 4.00 | 2.0 | 4.00 / 2.70 / 2.40 | 2 |" in text
+    assert "| dense, lr 2 | 20.50 ± 0.71 | 2 of 2 | +10.00 | " in text
+    assert "| broken | not run | 0 of 1 |" in text
+    lines = list(csv.DictReader((tmp_path / "results/mine/mine.csv").open()))
+    assert [(line["row"], line["seed"], line["top1"]) for line in lines][:2] == [
+        ("dense, lr 1", "0", "10.0"),
+        ("dense, lr 1", "1", "11.0"),
+    ]
+    assert r"10.50 $\pm$ 0.71" in (tmp_path / "results/mine/mine.tex").read_text()
+    assert (tmp_path / "results/mine/mine.png").stat().st_size > 1000
+    assert "(4 of 4)" in capsys.readouterr().out
+    call()
+    assert "started" not in capsys.readouterr().out
+    call("--list")
+    assert "done, top-1 11.00" in capsys.readouterr().out
+
+
+def test_a_run_of_other_settings_does_not_count(call, tmp_path):
+    call("--only", "first/dense-lr-1")
+    run = read_study("mine.yaml").rows[0].runs[0]
+    results = tmp_path / "results/mine"
+    assert run.summary(results)["top1"] == 10.0
+    assert Run(run.folder, (*run.overrides, "trainer.max_epochs=3")).summary(results) is None
+    assert Run(run.folder, (*run.overrides, "data.root=x", "compile=default")).summary(results) is not None
+
+
+def test_a_failure_is_named_and_the_others_go_on(call, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        call("--only", "second/broken", "first/*")
+    out = capsys.readouterr().out
+    assert "second/broken/seed0 failed: complaint" in out
+    assert "(4 of 5)" in out
+
+
+def test_what_is_stopped_says_how_far_it_is(call, capsys):
+    call("--only", "second/slow", "--minutes", "0.03")
+    assert "second/slow/seed0: stopped after 2 epochs" in capsys.readouterr().out
+
+
+def test_without_runs_the_table_says_not_run(call, tmp_path):
+    call("--build")
+    assert (tmp_path / "results/mine/mine.md").read_text().count("not run") == 4
+    assert (tmp_path / "results/mine/mine.csv").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TABLE.replace("baseline: first/dense-lr-1", "baseline: first/other"), "baseline first/other is none of"),
+        (TABLE.replace("lr: [1, 2]", "lr: [1, 1]"), "two rows of section first have the same name"),
+    ],
+)
+def test_a_table_that_is_wrong_is_one_line(call, tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(SettingError, match=message):
+        call("--list")
+
+
+def test_unknown_names_list_what_there_is(call):
+    with pytest.raises(SettingError, match="matches no row; there are first/dense-lr-1"):
+        call("--only", "nothing")
+    with pytest.raises(SettingError, match=r"--table none is unknown; there are .*vit"):
+        read_study("none")
+
+
+def test_a_summary_that_is_damaged_does_not_count(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "summary.json").write_text("{")
+    assert Run("a", ()).summary(tmp_path) is None
+    (tmp_path / "a" / "summary.json").write_text(json.dumps({"overrides": []}))
+    assert Run("a", ()).summary(tmp_path) == {"overrides": []}
+
+
+def test_a_report_of_no_runs_has_no_plot(tmp_path):
+    study = read_study(str(TABLES / "vit.yaml"))
+    assert {path.suffix for path in write_report(study, tmp_path)} == {".md", ".tex", ".csv"}
