@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -82,17 +83,16 @@ class ResidentDataModule(ImageDataModule):
     def _read(self, split: str) -> tuple[Tensor, Tensor]:
         """uint8 (N, 3, image_size, image_size) and int64 (N,) on the device."""
         kept = self.cache and self.cache / f"{split}-{self.image_size}-{digest(self.samples(split))}.pt"
-        if kept and kept.is_file():
-            images, labels = torch.load(kept, mmap=True, weights_only=True)
-        else:
-            images, labels = self._decode(split)
-            if kept:
-                keep((images, labels), kept)
+        found = kept and recall(kept)
+        images, labels = found or self._decode(split)
+        if kept and not found:
+            keep((images, labels), kept)
         device = self.trainer.strategy.root_device if self.trainer else "cpu"
         return images.to(device), labels.to(device)
 
     def _decode(self, split: str) -> tuple[Tensor, Tensor]:
         samples = self.samples(split)
+        log.info("reading %s images of %s/", f"{len(samples):,}", split)
         images = torch.empty(len(samples), 3, self.image_size, self.image_size, dtype=torch.uint8)
 
         def read(i: int) -> bool:
@@ -123,6 +123,18 @@ def digest(samples: Sequence[Sample]) -> str:
     """16 hexadecimal digits of a list of images."""
     lines = (f"{label} {path}\n" for path, label in samples)
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def recall(path: Path) -> tuple[Tensor, Tensor] | None:
+    """What `keep` saved; None where there is nothing, or something damaged."""
+    try:
+        images, labels = torch.load(path, mmap=True, weights_only=True)
+    except FileNotFoundError:
+        return None
+    except (RuntimeError, OSError, ValueError, UnpicklingError) as error:
+        log.warning("%s is damaged (%s); reading the images again", path, str(error).splitlines()[0])
+        return None
+    return images, labels
 
 
 def keep(tensors: tuple[Tensor, Tensor], path: Path) -> None:

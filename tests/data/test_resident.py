@@ -118,6 +118,10 @@ def test_images_are_read_once_where_they_are_kept(tree, monkeypatch, caplog):
     with monkeypatch.context() as context:
         context.setattr("data.resident.read_image", None)
         assert torch.equal(images(), first)
+    for kept in (tree / "kept").glob("train*"):
+        kept.write_bytes(kept.read_bytes()[:100])
+    assert torch.equal(images(), first)
+    assert "is damaged" in caplog.text
     (tree / "train" / "n02" / "images" / "1.JPEG").unlink()
     assert len(images()) == len(first) - 1
     source = TinyImageNet(root=str(tree), cache=str(tree / "val" / ANNOTATIONS / "no folder"))
