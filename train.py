@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint
 
@@ -52,17 +52,24 @@ def build(cfg: DictConfig) -> tuple[ClassificationTask, ImageDataModule]:
 
 def describe(cfg: DictConfig, data: ImageDataModule) -> dict[str, Any]:
     """The keys of summary.json that are known before training."""
-    settings = {key: cfg.linear.get(key) for key in ("tile", "rank", "basis")}
-    kind = cfg.linear._target_.rsplit(".", 1)[-1].removesuffix("Linear").lower() or "dense"
-    linear = {"type": kind, **settings}
     overrides = sorted(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     return {
         "dataset": data.name,
         "model": cfg.model.name,
-        "linear": linear,
+        "linear": describe_linear(cfg.linear),
         "seed": cfg.seed,
         "overrides": overrides,  # what the command line asked for
     }
+
+
+def describe_linear(linear: DictConfig) -> dict[str, Any]:
+    """The kind of the linear layers, tile, rank and basis, null where there are none, and a rival's own settings."""
+    settings = {key: linear.get(key) for key in ("tile", "rank", "basis")}
+    if kind := getattr(get_object(linear._target_), "kind", None):
+        own = {str(key): value for key, value in linear.items() if not str(key).startswith("_")}
+        return {"type": kind, **settings, **own}
+    name = linear._target_.rsplit(".", 1)[-1]
+    return {"type": name.removesuffix("Linear").lower() or "dense", **settings}
 
 
 def train(cfg: DictConfig, folder: Path) -> None:

@@ -58,7 +58,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Any], Path]:
 # What a checkpoint must share with the run that goes on from it, beyond the shapes of its weights.
 _IDENTITY = {
     "model": ("name", "token_order", "strides", "linear_groups"),
-    "linear": ("_target_", "tile", "rank", "basis", "row_axis", "train_basis"),
+    "linear": ("_target_", "tile", "rank", "basis", "row_axis", "train_basis", "factor", "window"),
 }
 
 

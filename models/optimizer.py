@@ -8,6 +8,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
+from models.rival import RivalLinear
 from stl import SettingError, STLLinear
 
 ROLES = ("dense", "encoded", "basis", "bias_norm")
@@ -17,13 +18,16 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     """The role of every trainable parameter, by name.
 
     "encoded" are the weights of STL layers, "basis" their encoders and decoders, "bias_norm" what is 1-D, biases and
-    what the model lists in `no_weight_decay()`, "dense" the rest.
+    what the model lists in `no_weight_decay()`, "dense" the rest, the factors of rivals among it. Rivals may name other
+    roles in `parameter_roles`.
     """
     special: dict[str, str] = {}
     for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
         if isinstance(module, STLLinear):
-            dot = f"{prefix}." if prefix else ""
             special |= {f"{dot}weight": "encoded", f"{dot}encoder": "basis", f"{dot}decoder": "basis"}
+        elif isinstance(module, RivalLinear):
+            special |= {f"{dot}{name}": role for name, role in module.parameter_roles.items()}
     undecayed: set[str] = getattr(model, "no_weight_decay", set)()
 
     def role(name: str, dimensions: int) -> str:

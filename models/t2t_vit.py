@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.rival import RivalLinear
 from models.tokens_to_token import TOKEN_LAYERS, Linear, Size, TokensToToken, soft_split_strides
 from stl import SettingError, STLLinear
 
@@ -261,7 +262,7 @@ def _init_weights(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, STLLinear):
+    elif isinstance(module, STLLinear | RivalLinear):
         module.reset_parameters(std=0.02)
 
 

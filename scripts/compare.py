@@ -21,21 +21,25 @@ from rich.table import Table
 
 COLUMNS = ("linear layers", "top-1 %", "params M", "linear MMACs", "total MMACs", "× core / linear / total", "s")
 
-SHOWN = ("linear", "linear.tile", "linear.rank", "linear.basis")  # settings that every label has
-
 
 def short(linear: dict[str, Any]) -> str:
-    """The linear layers in short: dense, or the STL setting."""
-    if linear["type"] == "dense":
-        return "dense"
-    return f"{linear['type']} t={linear['tile']} r={linear['rank']} {linear['basis']}"
+    """The linear layers in short: their kind, and the settings that they have."""
+    if linear["type"] == "stl":
+        return f"stl t={linear['tile']} r={linear['rank']} {linear['basis']}"
+    own = {key: value for key, value in linear.items() if key != "type" and value is not None}
+    words = [f"×{value:g}" if key == "factor" else f"{key}={value}" for key, value in own.items()]
+    return " ".join([linear["type"], *words])
 
 
 def labels(runs: list[dict[str, Any]]) -> list[str]:
     """A name a run: its linear layers, its model and data where they differ, its overrides where names would repeat."""
     varying = [key for key in ("dataset", "model") if len({run[key] for run in runs}) > 1]
     names = [" ".join([*(run[key] for key in varying), short(run["linear"])]) for run in runs]
-    rest = [[word for word in run["overrides"] if word.split("=")[0] not in SHOWN] for run in runs]
+    shown = [{"linear", *(f"linear.{key}" for key in run["linear"])} for run in runs]
+    rest = [
+        [word for word in run["overrides"] if word.split("=")[0] not in keys]
+        for run, keys in zip(runs, shown, strict=True)
+    ]
     return [
         " ".join([name, *words]) if names.count(name) > 1 else name for name, words in zip(names, rest, strict=True)
     ]

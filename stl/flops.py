@@ -2,7 +2,8 @@
 
 A dense layer (k → m) on n rows costs n·k·m MACs. An STL layer costs, with N = ⌈n/t⌉ tiles inside each sample, K = ⌈k/t⌉
 and M = ⌈m/t⌉: core N·K·M·r, encode N·K·t²·r and decode N·M·t²·r. Its weight is stored encoded, for which nothing is
-due. What is not a linear layer (attention and performer products, convolutions) is counted by PyTorch itself.
+due. Linear layers of other kinds say what they cost themselves, see `CountedLinear`. What is not a linear layer
+(attention and performer products, convolutions) is counted by PyTorch itself.
 """
 
 import copy
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from math import ceil, prod
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,31 @@ from stl.errors import SettingError
 from stl.linear import STLLinear
 
 
+@runtime_checkable
+class CountedLinear(Protocol):
+    """A linear layer of another kind, which says itself what it costs: any module with these attributes is one.
+
+    It has a row of its `kind` in the report, beside the rows·in·out MACs of a dense layer. What it computes, modules
+    inside it included, has no other row.
+    """
+
+    kind: str
+    in_features: int
+    out_features: int
+
+    def macs(self, shape: Sequence[int]) -> int:
+        """MACs of a forward pass on an input, its argument `x`, of this shape (..., in_features)."""
+
+
 @dataclass(frozen=True)
 class LayerCount:
     """One row of the report: a linear layer, or the other products of one module. MACs; `rows` over the whole input.
 
-    For a dense layer core = macs = dense_macs, and encode = decode = 0.
+    But for STL layers core = macs and encode = decode = 0, and for a dense layer macs = dense_macs.
     """
 
     name: str
-    kind: str  # "dense", "stl", or "product" for what is not a linear layer
+    kind: str  # "dense", "stl", the kind of a `CountedLinear`, or "product" for what is not a linear layer
     macs: int
     dense_macs: int
     core: int
@@ -68,7 +85,7 @@ class FlopReport:
 
     @property
     def macs(self) -> dict[str, int]:
-        """total, linear, and what STL layers and dense layers spend of it on core, encode and decode."""
+        """total, linear, and what the linear layers spend of it on core, encode and decode."""
         parts = {what: self._sum(what) for what in ("core", "encode", "decode")}
         return {"total": self.total, "linear": self.linear, **parts}
 
@@ -102,12 +119,12 @@ class FlopReport:
         }
 
     def __str__(self) -> str:
-        width = max((len(row.name) for row in self.layers), default=4)
-        lines = [f"{'layer':{width}}  {'kind':7} {'rows':>6} {'in':>5} {'out':>5} {'MACs':>14} {'dense MACs':>14}"]
+        width, kind = (max((len(getattr(row, key)) for row in self.layers), default=5) for key in ("name", "kind"))
+        lines = [f"{'layer':{width}}  {'kind':{kind}} {'rows':>6} {'in':>5} {'out':>5} {'MACs':>14} {'dense MACs':>14}"]
         for row in self.layers:
             sizes = (row.rows or "", row.in_features or "", row.out_features or "")
             lines.append(
-                f"{row.name:{width}}  {row.kind:7} {sizes[0]:>6} {sizes[1]:>5} {sizes[2]:>5} "
+                f"{row.name:{width}}  {row.kind:{kind}} {sizes[0]:>6} {sizes[1]:>5} {sizes[2]:>5} "
                 f"{row.macs:>14,} {row.dense_macs:>14,}"
             )
         factor = ", ".join(f"{name} {value:.2f}" for name, value in self.flop_factor.items())
@@ -135,12 +152,20 @@ def stl_count(name: str, layer: STLLinear, shape: Sequence[int]) -> LayerCount:
     )
 
 
+def own_count(name: str, layer: CountedLinear, shape: Sequence[int], params: int) -> LayerCount:
+    """The row of a layer that counts itself, for an input of this shape (..., k)."""
+    rows, k, m, macs = prod(shape[:-1]), layer.in_features, layer.out_features, layer.macs(shape)
+    return LayerCount(
+        name, layer.kind, macs, rows * k * m, macs, rows=rows, in_features=k, out_features=m, params=params
+    )
+
+
 def count_flops(model: nn.Module, input_shape: Sequence[int]) -> FlopReport:
     """Count the MACs of one forward pass in evaluation mode, from shapes alone: nothing is computed.
 
     `input_shape` is the shape of the model's one float input with its batch axis; for an image model (3, H, W) is
-    taken as a batch of one. Dense and STL layers, also those of `convert`ed models, have a row each, and so has the
-    rest of every module that multiplies matrices or convolves. Recurrent layers (LSTM, GRU) are not counted.
+    taken as a batch of one. Linear layers, also those of `convert`ed models, have a row each, and so has the rest of
+    every module that multiplies matrices or convolves. Recurrent layers (LSTM, GRU) are not counted.
 
     Raises SettingError where the model does not take an input of this shape.
     """
@@ -186,19 +211,23 @@ class _Tally:
         self.rows: list[LayerCount] = []
         self._names = {module: name for name, module in model.named_modules()}
         self._counter = counter
-        self._open: list[list[int]] = []  # for each module being run: FLOPs when it began, FLOPs of its children
+        # For each module being run: FLOPs and rows when it began, FLOPs of its children.
+        self._open: list[list[int]] = []
 
     def enter(self, module: nn.Module, args: tuple) -> None:
-        self._open.append([self._counter.get_total_flops(), 0])
+        self._open.append([self._counter.get_total_flops(), len(self.rows), 0])
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        began, children = self._open.pop()
+        began, before, children = self._open.pop()
         spent = self._counter.get_total_flops() - began
         if self._open:
-            self._open[-1][1] += spent
+            self._open[-1][2] += spent
         name = self._names[module]
         if isinstance(module, STLLinear):
             self.rows.append(stl_count(name, module, _input(args, kwargs, 0, "x").shape))
+            return
+        if isinstance(module, CountedLinear):
+            self.rows[before:] = [own_count(name, module, _input(args, kwargs, 0, "x").shape, _parameters(module))]
             return
         linear = _dense_rows(name, module, args, kwargs)
         products = (spent - children) // 2 - sum(row.macs for row in linear)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models.build import build_model
+from models.low_rank import LowRankLinear
 from stl import SettingError, STLLinear
 
 STL = partial(STLLinear, tile=4, rank=16)
@@ -41,6 +42,7 @@ def test_models_without_an_image_size_are_built_too():
         ("t2t_vit_8", {}, "model.name='t2t_vit_8' is unknown; close to it: t2t_vit_"),
         ("t2t_vit_tiny", {"width": 3}, "model.name='t2t_vit_tiny': .*'width'; remove that setting from model"),
         ("vit_tiny_patch16_224", {"linear": nn.Bilinear}, "takes linear=dense or linear=stl only"),
+        ("vit_tiny_patch16_224", {"linear": partial(LowRankLinear, factor=2)}, "takes linear=dense or linear=stl only"),
     ],
 )
 def test_what_cannot_be_built_is_named(name, settings, message):

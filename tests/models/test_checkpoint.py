@@ -90,6 +90,8 @@ def test_a_checkpoint_without_a_whole_config_is_refused(tmp_path):
         ("linear", "tile", 4, 2),
         ("linear", "rank", 16, 24),
         ("linear", "basis", "frame", "random"),
+        ("linear", "factor", 2.667, 2.6),
+        ("linear", "window", "blocks", "sliding"),
         ("model", "name", "t2t_vit_tiny", "t2t_vit_7"),
         ("model", "token_order", "raster", "block"),
     ],

@@ -68,6 +68,27 @@ def test_runs_of_other_settings_have_a_row_each_and_are_told_apart(tmp_path, mon
     assert "9, 3 epochs" in table
 
 
+def test_rivals_are_labelled_by_their_own_settings(tmp_path, monkeypatch):
+    nothing = dict.fromkeys(("tile", "rank", "basis"))
+    rivals = [
+        ({"type": "low_rank", **nothing, "factor": 2.667}, []),
+        ({"type": "low_rank", **nothing, "factor": 2.0}, ["linear.factor=2"]),
+        ({"type": "dense_mixer", **nothing, "kernel_size": 4, "window": "blocks"}, []),
+        ({"type": "dense_mixer", **nothing, "kernel_size": 4, "window": "blocks"}, ["linear.window=blocks", "seed=1"]),
+    ]
+    for index, (linear, overrides) in enumerate(rivals):
+        write(tmp_path / str(index), linear=linear, overrides=["linear=" + linear["type"], *overrides], top1=90 + index)
+    run_script(monkeypatch, tmp_path)
+    table = (tmp_path / "compare.md").read_text()
+    for row in (
+        "| low_rank ×2.667 | 90.00",
+        "| low_rank ×2 | 91.00",
+        "| dense_mixer kernel_size=4 window=blocks | 92.00",
+        "| dense_mixer kernel_size=4 window=blocks seed=1 | 93.00",
+    ):
+        assert row in table
+
+
 def test_no_runs_is_an_error_of_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"error: no summary.json below .*; train something first"):
         run_script(monkeypatch, tmp_path)

@@ -167,6 +167,49 @@ def test_a_mixed_model_keeps_dense_and_stl_layers_apart():
     assert report.flop_factor["core"] == 4
 
 
+class Factors(nn.Module):
+    """A linear layer of a kind that the count does not know, made of two that it knows."""
+
+    kind = "factors"
+
+    def __init__(self, in_features: int, rank: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.inner, self.outer = nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x))
+
+    def macs(self, shape: tuple[int, ...]) -> int:
+        return prod(shape[:-1]) * self.inner.out_features * (self.in_features + self.out_features)
+
+
+def test_a_layer_of_another_kind_has_the_one_row_that_it_asks_for():
+    model = nn.Sequential(Factors(8, 2, 6), make_layer(6, 6), nn.Linear(6, 4), nn.Conv1d(5, 1, 1))
+    report = count_flops(model, (3, 5, 8))
+    assert [(row.name, row.kind) for row in report.layers] == [
+        ("0", "factors"),
+        ("1", "stl"),
+        ("2", "dense"),
+        ("3", "product"),
+    ]
+    row = report.layers[0]
+    assert (row.rows, row.in_features, row.out_features, row.params) == (15, 8, 6, 2 * 8 + 2 * 6 + 6)
+    assert row.macs == row.core == 15 * 2 * (8 + 6)
+    assert row.dense_macs == 15 * 8 * 6
+    assert report.dense_macs["linear"] == 15 * (8 * 6 + 6 * 6 + 6 * 4)
+    assert report.flop_factor["linear"] == pytest.approx(report.dense_macs["linear"] / report.linear)
+    assert report.flop_factor["core"] == 4  # of the STL layer alone
+    assert report.linear == sum(report.macs[part] for part in ("core", "encode", "decode"))
+    measured = measure(model, torch.zeros(3, 5, 8))
+    assert (row.macs, report.total) == (measured["0"], measured[""])
+    assert count_flops(model[0], (5, 8)).flop_factor == {
+        "core": 1.0,
+        "linear": pytest.approx(48 / 28),
+        "total": pytest.approx(48 / 28),
+    }
+
+
 def test_a_layer_used_twice_is_paid_twice_and_owned_once():
     layer = make_layer(8, 8)
     report = count_flops(nn.Sequential(layer, nn.ReLU(), layer), (4, 8))

@@ -1,0 +1,56 @@
+"""Sparse24Linear: the mask, the gradient of SR-STE, and that training leaves two of four."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from models.sparse24 import Sparse24Linear, two_of_four
+
+
+@given(st.integers(1, 5).flatmap(lambda m: st.integers(1, 15).map(lambda k: (m, k))), st.data())
+@settings(deadline=None, derandomize=True, max_examples=50)
+def test_two_of_four_are_the_largest_of_equal_ones_the_first(shape, data):
+    weight = torch.from_numpy(data.draw(arrays("float32", shape, elements=st.sampled_from([-2, -1, 0, 1, 2]))))
+    for row, kept in zip(weight.tolist(), two_of_four(weight).tolist(), strict=True):
+        whole = len(row) // 4 * 4
+        for start in range(0, whole, 4):
+            places = sorted(range(start, start + 4), key=lambda place: -abs(row[place]))[:2]
+            assert [place for place in range(start, start + 4) if kept[place]] == sorted(places)
+        assert all(kept[whole:])
+
+
+@pytest.mark.parametrize(("k", "m"), [(147, 192), (256, 200)])
+def test_the_layer_is_its_pruned_matrix(k, m):
+    torch.manual_seed(0)
+    layer, x = Sparse24Linear(k, m).double(), torch.randn(2, 6, k, dtype=torch.float64)
+    torch.nn.init.normal_(layer.bias)
+    pruned = layer.weight * two_of_four(layer.weight)
+    assert pruned.ne(0).sum() == m * (k // 4 * 2 + k % 4)
+    torch.testing.assert_close(layer(x), x @ pruned.T + layer.bias)
+
+
+@pytest.mark.parametrize("decay", [0.0, 2e-4, 0.5])
+def test_the_gradient_goes_straight_through_and_what_is_pruned_decays(decay):
+    torch.manual_seed(0)
+    layer, x = Sparse24Linear(11, 5, decay=decay).double(), torch.randn(7, 11, dtype=torch.float64)
+    (got,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    mask = two_of_four(layer.weight)
+    pruned = (layer.weight * mask).detach().requires_grad_()
+    (of_pruned,) = torch.autograd.grad(F.linear(x, pruned, layer.bias).square().sum(), pruned)
+    assert of_pruned[~mask].ne(0).all()  # straight through: pruned weights learn too
+    torch.testing.assert_close(got, of_pruned + decay * ~mask * layer.weight)
+
+
+def test_the_mask_follows_the_weight():
+    layer = Sparse24Linear(4, 1, bias=False, decay=0.0)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    x = torch.tensor([[1.0, 1.0, 1.0, -1.0]])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=3.0)
+    assert layer(x).item() == 7
+    layer(x).sum().backward()
+    optimizer.step()  # to 1, 0, -1, 4: the last, pruned till now, is the largest; of equal ones the first stays
+    assert layer(x).item() == 1 - 4
