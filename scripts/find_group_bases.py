@@ -22,7 +22,7 @@ from rich.progress import track
 
 from stl.bases.group import MAPS, abelian_groups, read_row, real_rank
 from stl.cp.index_maps import Settings, search
-from stl.cp.table import check_size, read_rows, write_rows
+from stl.cp.table import by_size, check_size, read_rows, write_rows
 from stl.errors import SettingError
 
 TILES = (2, 3, 4)  # what ships
@@ -74,10 +74,10 @@ def found_by(todo: list[tuple[int, tuple[int, ...]]], settings: Settings) -> Ite
 
 def read(path: Path) -> Rows:
     """The table, verified."""
-    rows = read_rows(path) if path.exists() else []
-    for index, row in enumerate(rows):
+    rows = by_size(read_rows(path) if path.exists() else [], repr(str(path)))
+    for index, row in enumerate(rows.values()):
         read_row(row, f"{str(path)!r}, basis {index}")
-    return {(row["tile"], row["rank"]): row for row in rows}
+    return rows
 
 
 def write(path: Path, rows: Rows) -> None:

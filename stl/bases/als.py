@@ -7,19 +7,12 @@ search, and at t = 2, r = 7 and t = 4, r = 48 and 49 nothing better exists or wa
 `exact48`, whose source and licence exact48.json has.
 """
 
-from functools import cache
-from importlib.resources import as_file, files
+from functools import partial
 
 from stl.basis import Basis, register_basis
-from stl.cp.table import read_entry, read_rows
+from stl.cp.table import shipped_basis, shipped_ranks
 
 
-@cache
-def _rows() -> dict[tuple[int, int], dict]:
-    with as_file(files(__package__) / "als.json") as path:
-        return {(row["tile"], row["rank"]): row for row in read_rows(path)}
-
-
-@register_basis("als", ranks=lambda tile: [rank for size, rank in _rows() if size == tile])
+@register_basis("als", ranks=partial(shipped_ranks, "als"))
 def als(tile: int, rank: int) -> Basis:
-    return read_entry(_rows()[tile, rank], "stl/bases/als.json").basis
+    return shipped_basis("als", tile, rank)

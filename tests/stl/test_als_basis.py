@@ -8,7 +8,7 @@ from importlib.resources import files
 import pytest
 import torch
 
-import stl.bases.als
+import stl.cp.table
 from stl import SettingError, get_basis, list_bases, stl_matmul
 from stl.basis import _build, available_ranks
 
@@ -107,7 +107,7 @@ def test_a_missing_rank_is_answered_with_what_exists():
 
 def test_a_changed_file_is_refused(monkeypatch):
     rows = {(2, 4): ROWS[2, 4] | {"error": 0.3}}
-    monkeypatch.setattr(stl.bases.als, "_rows", lambda: rows)
+    monkeypatch.setattr(stl.cp.table, "shipped", lambda name: rows)
     _build.cache_clear()
     with pytest.raises(SettingError, match=r"als\.json, tile=2 rank=4: error is said to be 0\.3 and is 0\.44"):
         get_basis("als", 2, 4)
@@ -116,8 +116,8 @@ def test_a_changed_file_is_refused(monkeypatch):
 
 def test_importing_stl_loads_no_solver_and_no_table():
     script = (
-        "import sys, stl, stl.bases.als\n"
-        "print([name for name in sys.modules if name.startswith('stl.cp')], stl.bases.als._rows.cache_info().currsize)"
+        "import sys, stl, stl.cp.table\n"
+        "print([name for name in sys.modules if name.startswith('stl.cp')], stl.cp.table.shipped.cache_info().currsize)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "['stl.cp', 'stl.cp.table'] 0"
