@@ -3,14 +3,17 @@
     OMP_NUM_THREADS=1 python scripts/bench_calibration.py          # 4096×11008; half an hour
 
 Input rows are a few hundred random directions and a little noise, in four batches of one sample; more than 16384 rows
-at t = 4 take no more, for those are what calibration keeps. What `stl.convert` takes is the process's peak of resident
-memory less the resident memory before it, which holds model, data and PyTorch; a higher peak before it counts against
-it. Linux only.
+at t = 4 take no more, for those are what calibration keeps. What `stl.convert` takes is the peak of resident memory of
+a process of its own, less the resident memory before it, which holds model, data and PyTorch; a higher peak before it
+counts against it. Linux only.
 """
 
 import argparse
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,12 @@ def measure(sizes: list[int], rows: int, settings: dict[str, Any]) -> dict[str, 
     return facts | {"layer": asdict(done)}
 
 
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What it gives in a process of its own, which has nothing of earlier measurements in memory."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="4096,11008", help="features in, out")
@@ -69,8 +78,8 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine() | {"threads": torch.get_num_threads()}}
     result |= {"in_features": sizes[0], "out_features": sizes[1], **settings, "rows": []}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for rows in sorted(arguments.rows):  # so that no peak is one of more rows
-        row = {"rows": rows} | measure(sizes, rows, settings)
+    for rows in arguments.rows:
+        row = {"rows": rows} | apart(measure, sizes, rows, settings)
         result["rows"].append(row)
         write_json(arguments.out, result)
         added, before = (row[key] / 2**30 for key in ("bytes_added", "bytes_before"))

