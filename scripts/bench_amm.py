@@ -7,10 +7,12 @@ One product with a weight W that is known beforehand: preparing W (encoding, pru
 on X counts, encode and decode included. Bases of every family at t = 2, 3, 4, 8 stand beside rivals at the same MACs.
 The error is ‖Y − X·W‖/‖X·W‖ against float64, Frobenius, with float32 and with bfloat16 operands; its mean and standard
 deviation are over the pairs (X, W), one a seed, and random methods draw anew for each. The predicted error √basis.error
-is that of Gaussian matrices in exact arithmetic. Beside --out, a JSON file, stand a plot (.png) and a table (.md).
+is that of Gaussian matrices in exact arithmetic. Beside --out, a JSON file, stand a plot (.png) and a table (.md), as
+--render makes them again from that file without measuring.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -137,6 +139,23 @@ def short(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def render(result: dict[str, Any], path: Path) -> None:
+    """The table and the plot beside the JSON file `path`."""
+    path.with_suffix(".md").write_text(markdown(result, path))
+    plot(result["matrices"], path.with_suffix(".png"))
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Raises SettingError where the file holds no measurements."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
+        result = None
+    if not isinstance(result, dict) or not result.get("matrices"):
+        raise SettingError(f"--render: {path} holds no measurements; leave it out to measure")
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=1024, help="rows and columns of the drawn matrices")
@@ -144,12 +163,16 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of a training run with linear=dense")
     parser.add_argument("--layers", nargs="+", default=LAYERS, help="linear layers of that model")
     parser.add_argument("--out", type=Path, default=Path("results/amm.json"))
+    parser.add_argument("--render", action="store_true", help="only the plot and the table of what --out holds")
     arguments = parser.parse_args()
     for option in ("size", "seeds"):
         if getattr(arguments, option) < 1:
             raise SettingError(f"--{option} {getattr(arguments, option)} must be a positive number")
     if arguments.out.suffix != ".json":
         raise SettingError(f"--out {arguments.out} must end in .json; the plot and the table stand beside it")
+    if arguments.render:
+        render(read_result(arguments.out), arguments.out)
+        return
     kinds, facts = drawn(arguments.size), None
     if arguments.run:
         real, facts = recorded(arguments.run, arguments.layers, arguments.seeds)
@@ -163,8 +186,7 @@ def main() -> None:
         began = time.perf_counter()
         result["matrices"].append(measure(kind, chosen, arguments.seeds))
         write_json(arguments.out, result)
-        arguments.out.with_suffix(".md").write_text(markdown(result, arguments.out))
-        plot(result["matrices"], arguments.out.with_suffix(".png"))
+        render(result, arguments.out)
         rows = len(result["matrices"][-1]["rows"])
         print(f"{kind.name}: {rows} rows, {time.perf_counter() - began:.0f} s", flush=True)
 

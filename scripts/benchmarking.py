@@ -222,6 +222,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def refuse_other(path: Path, earlier: dict[str, Any], here: dict[str, Any], same: Iterable[str]) -> None:
+    """Raises SettingError where one of the facts that all rows of a file share was another when it was begun."""
+    changed = [f"{key} was {earlier.get(key)}, is {here[key]}" for key in same if earlier.get(key) != here[key]]
+    if changed:
+        raise SettingError(f"{path} is of another machine or version ({'; '.join(changed)}); give --out another file")
+
+
 def cpu() -> str:
     """The processor's name, as Linux has it."""
     try:

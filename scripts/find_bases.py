@@ -23,7 +23,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from stl.basis import Basis
-from stl.cp.search import Search, Settings, is_better
+from stl.cp.search import Search, Settings, is_better, published
 from stl.cp.table import check_size, entry_of, read_table, write_table
 from stl.errors import SettingError
 
@@ -37,7 +37,8 @@ NOT_A_STATE = (RuntimeError, OSError, EOFError, LookupError, TypeError, Attribut
 NUMBERS = ("seed", "cycles", "rounds", "chains", "sweeps", "limit")
 ABOUT = (
     "Bases of low error with S within a limit, by scripts/find_bases.py: CP decompositions of the t×t×t "
-    "matrix-multiplication tensor by alternating least squares. error = |T - T^|^2/t^3; amplification = S."
+    "matrix-multiplication tensor by alternating least squares, and published schemes that it began with and found "
+    "nothing better than, whose provenance names their family. error = |T - T^|^2/t^3; amplification = S."
 )
 
 
@@ -157,7 +158,7 @@ def run(given: argparse.Namespace) -> None:
         place = search.place if not search.finished else None
         for basis in rounds(search, given.stop_after, given.state):
             if basis is not None and place is not None:
-                better = keep(basis, given.table, settings.limit, provenance_of(search, place[0]))
+                better = keep(basis, given.table, settings.limit, provenance_of(search, place[0], basis))
                 said = f"tile {basis.tile} rank {basis.rank}: error {basis.error:.6f} S {basis.amplification:.2f}"
                 progress.console.print(f"cycle {place[0] + 1}, {said}{' -> ' + str(given.table) if better else ''}")
             place = search.place if not search.finished else None
@@ -169,8 +170,10 @@ def run(given: argparse.Namespace) -> None:
         print(f"{search.done} of {settings.total} rounds; the same command goes on")
 
 
-def provenance_of(search: Search, cycle: int) -> dict:
-    """How a basis was found: everything to find it again."""
+def provenance_of(search: Search, cycle: int, basis: Basis) -> dict:
+    """How a basis was found: everything to find it again; of a published one, the family that it comes from."""
+    if family := published(basis):
+        return {"published": family}
     settings = search.settings
     return {
         "command": command_of(settings),

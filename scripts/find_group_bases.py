@@ -3,9 +3,9 @@
     python scripts/find_group_bases.py                                         # every size that ships, from nothing
     python scripts/find_group_bases.py --tile 4 --rank 16 --seed 1 --chains 256 --steps 6000 --table outputs/mine.json
 
-Of the groups of one real rank the one of the lowest error goes into the table, if its error is lower than what stands
-there; a row keeps the command that found it. The same settings give the same maps on the same machine.
-stl/cp/index_maps.py says how it searches.
+Of the groups of one real rank the one of the lowest error goes into the table, of equal errors that of the lowest S, if
+it is better than what stands there; a row keeps the command that found it. The same settings give the same maps on the
+same machine. stl/cp/index_maps.py says how it searches.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from rich.progress import track
 
 from stl.bases.group import MAPS, abelian_groups, read_row, real_rank
 from stl.cp.index_maps import Settings, search
-from stl.cp.table import check_size, read_rows, write_rows
+from stl.cp.table import by_size, check_size, read_rows, write_rows
 from stl.errors import SettingError
 
 TILES = (2, 3, 4)  # what ships
@@ -31,6 +31,8 @@ ABOUT = (
     "Index maps over abelian groups, by scripts/find_group_bases.py; stl/bases/group.py says what they mean. "
     "error = |T - T^|^2/t^3; amplification = S."
 )
+
+ROUNDING = 1e-9  # what two errors, or relatively two S, differ in by rounding at most
 
 Rows = dict[tuple[int, int], dict[str, Any]]  # by (tile, rank)
 
@@ -72,12 +74,24 @@ def found_by(todo: list[tuple[int, tuple[int, ...]]], settings: Settings) -> Ite
             yield row | {"group": list(orders)} | {key: values.tolist() for key, values in zip(MAPS, maps, strict=True)}
 
 
+def is_better(row: dict[str, Any], than: dict[str, Any] | None, limit: float) -> bool:
+    """Whether its error is lower, or equal to rounding and its S lower; nothing above the limit on S is kept for good.
+
+    `row` itself is within the limit, as all that a search finds.
+    """
+    if than is None or than["amplification"] > limit:
+        return True
+    if abs(row["error"] - than["error"]) > ROUNDING:
+        return row["error"] < than["error"]
+    return row["amplification"] < (1 - ROUNDING) * than["amplification"]
+
+
 def read(path: Path) -> Rows:
     """The table, verified."""
-    rows = read_rows(path) if path.exists() else []
-    for index, row in enumerate(rows):
+    rows = by_size(read_rows(path) if path.exists() else [], repr(str(path)))
+    for index, row in enumerate(rows.values()):
         read_row(row, f"{str(path)!r}, basis {index}")
-    return {(row["tile"], row["rank"]): row for row in rows}
+    return rows
 
 
 def write(path: Path, rows: Rows) -> None:
@@ -103,7 +117,7 @@ def main() -> None:
         torch.set_num_threads(1)  # small tensors gain nothing from more
         for row in track(found_by(todo, settings), "searching", total=len(todo)):
             size = row["tile"], row["rank"]
-            if size not in table or row["error"] < table[size]["error"]:
+            if is_better(row, table.get(size), settings.limit):
                 table[size] = row
                 write(given.table, table)
     except (SettingError, OSError) as error:

@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from benchmarking import machine, relative_error, set_backend, synchronize
+from benchmarking import machine, refuse_other, relative_error, run_main, set_backend, synchronize
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -37,7 +36,7 @@ from models.callbacks import write_json
 from models.compiling import MODES, compile_model
 from models.sharding import shard
 from models.t2t_vit import VARIANTS
-from stl import STLLinear, fuse_mlps
+from stl import SettingError, STLLinear, fuse_mlps
 
 CHECKED = 8  # images whose gradients are
 ALLOWED = 2  # times the error of the same model in bf16 by plain PyTorch
@@ -221,17 +220,11 @@ def seconds_a_call(run: Callable[[], None], how: How, device: torch.device) -> f
 
 
 def read_rows(path: Path, here: dict[str, Any]) -> dict[Case, dict[str, Any]]:
-    """The rows of a file that this machine and this code wrote; exits where another did."""
+    """The rows of a file that this machine and this code wrote; raises SettingError where another did."""
     if not path.exists():
         return {}
     earlier = json.loads(path.read_text())
-    changed = [
-        f"{key} was {earlier['machine'].get(key)}, is {here[key]}"
-        for key in SAME
-        if earlier["machine"].get(key) != here[key]
-    ]
-    if changed:
-        sys.exit(f"error: {path} is of another machine or version ({'; '.join(changed)}); give --out another file")
+    refuse_other(path, earlier["machine"], here, SAME)
     return {
         Case(**{key: row[key] for key in Case.__dataclass_fields__ if key in row}): row for row in earlier["models"]
     }
@@ -298,7 +291,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/throughput.json"))
     arguments = parser.parse_args()
     if torch.cuda.device_count() < arguments.devices:
-        sys.exit(f"error: this measures {arguments.devices} GPU(s) and finds {torch.cuda.device_count()}")
+        raise SettingError(f"this measures {arguments.devices} GPU(s) and finds {torch.cuda.device_count()}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     models = [name for name in VARIANTS if name != "t2t_vit_tiny"] if arguments.models == ["all"] else arguments.models
     how = How(repeats=arguments.repeats, compile_mode=arguments.compile)
@@ -312,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -69,8 +69,8 @@ def convert(
         calibration: with `from_dense`, a few batches of inputs as the model will see them, in a list or any other
             series: tensors, tuples that start with one (inputs, labels), or dicts of keyword arguments; all are kept in
             memory. The encoded weights are then fitted to what the dense layers make of these inputs, layer by layer
-            (`stl.calibration`), wherever that lowers the error on the part of them that is held out. Without, they are
-            encoded for i.i.d. zero-mean inputs, and the report says so.
+            (`stl.calibration`), wherever that lowers the error on the part of them that is held out by more than its
+            standard error. Without, they are encoded for i.i.d. zero-mean inputs, and the report says so.
         calibrate_basis: with `calibration`, fit each layer's encoder and decoder too, also those that are then frozen
             by `train_basis=False`: a lower error for a longer conversion. The layers no longer hold the named basis.
 

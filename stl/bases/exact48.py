@@ -4,19 +4,12 @@ The table is the 4x4x4 scheme of rank 48 by Dumas, Pernet and Sedoglavic (2025),
 (CeCILL-B); exact48.json beside this file keeps its source with it, and the error and S that it has.
 """
 
-import json
-from importlib.resources import files
-
-import torch
+from functools import partial
 
 from stl.basis import Basis, register_basis
-from stl.cp.table import verify
+from stl.cp.table import shipped_basis, shipped_ranks
 
 
-@register_basis("exact48", ranks=lambda tile: [48] if tile == 4 else [])
+@register_basis("exact48", ranks=partial(shipped_ranks, "exact48"))
 def exact48(tile: int, rank: int) -> Basis:
-    table = json.loads((files(__package__) / "exact48.json").read_text())
-    matrices = (torch.tensor(table[role], dtype=torch.float64) for role in ("encode_x", "encode_w", "decode"))
-    basis = Basis("exact48", table["tile"], table["rank"], *matrices)
-    verify(table, basis, "stl/bases/exact48.json")
-    return basis
+    return shipped_basis("exact48", tile, rank)

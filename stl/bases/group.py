@@ -17,8 +17,7 @@ group of that real rank which did best, with error, S and how they were found.
 """
 
 import math
-from functools import cache
-from importlib.resources import as_file, files
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from stl.basis import Basis, register_basis
-from stl.cp.table import read_head, read_rows, verify
+from stl.cp.table import read_head, shipped, shipped_ranks, verify
 from stl.errors import SettingError
 
 Maps = tuple[Tensor, Tensor, Tensor, Tensor]  # what MAPS names
@@ -181,12 +180,6 @@ def read_row(row: Any, where: str) -> Basis:
     return basis
 
 
-@cache
-def _rows() -> dict[tuple[int, int], dict]:
-    with as_file(files(__package__) / "group.json") as path:
-        return {(row["tile"], row["rank"]): row for row in read_rows(path)}
-
-
-@register_basis("group", ranks=lambda tile: [rank for size, rank in _rows() if size == tile])
+@register_basis("group", ranks=partial(shipped_ranks, "group"))
 def group(tile: int, rank: int) -> Basis:
-    return read_row(_rows()[tile, rank], "stl/bases/group.json")
+    return read_row(shipped("group")[tile, rank], "stl/bases/group.json")

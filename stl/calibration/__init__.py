@@ -14,7 +14,8 @@ large to form (r·K is 32768 for 4096 features at r=32, t=4) and singular wherev
 unknowns, so that its operator is applied instead: conjugate gradients for least squares (CGLS; Björck, "Numerical
 Methods for Least Squares Problems", 1996, §7.4), which never forms A. They run in the coordinates in which i.i.d. input
 makes A the identity, start from the uncalibrated weight, and a ridge pulls towards it: what the data leaves open stays
-as it was. The ridge and the number of steps are those with the lowest error on held-out tiles.
+as it was. The ridge and the number of steps are those that lower the error on held-out tiles most, less the standard
+error of that; where none does, the uncalibrated weight stays.
 
 Optionally the layer's own encoder and decoder are then fitted too, by Adam on the same objective, and the weight is
 solved for again.

@@ -31,13 +31,14 @@ class LayerCalibration:
     """What calibration did to one layer.
 
     Attributes:
-        rows: rows of input used, a quarter of them held out.
+        rows: rows of input used, those held out among them.
         error_before, error_after: ‖stl(x) − dense(x)‖² / ‖dense(x)‖² on the held-out rows, biases aside, before and
             after calibration. Ridge and steps are chosen on the same rows.
         effective_rank: (Σλ)²/Σλ² over the eigenvalues λ of E[x·xᵀ], the k×k second moment of the input rows: k for
             white input, 1 where all rows are multiples of one. Both sums are estimated from pairs of distinct rows, so
             that fewer rows than features do not pass for a low rank.
-        ridge, steps: chosen for the weight; both 0 where no choice lowered the held-out error.
+        ridge, steps: chosen for the weight; both 0 where no choice lowered the held-out error by more than its standard
+            error, and the weight stayed as it was.
         macs, dense_macs: multiply-accumulates a row, of the STL layer and of the dense one, as `stl.flops` counts them.
     """
 
@@ -57,6 +58,13 @@ class LayerCalibration:
         )
 
 
+def sure_gain(before: Tensor, after: Tensor) -> float:
+    """How much lower `after` is than `before` in sum, less the standard error of that; both (N,), of held-out rows of
+    tiles. Few rows show a lower error by chance; a single one shows nothing."""
+    gains = (before - after).double()
+    return (gains.sum() - len(gains) ** 0.5 * gains.std()).item() if len(gains) > 1 else -inf
+
+
 class _Fit:
     """One layer with its fitted and its held-out rows."""
 
@@ -67,7 +75,7 @@ class _Fit:
         self._fitted = Problem(tiles.rows[~held], tiles.valid[~held], encoder, decoder)
         self._held_out = Problem(tiles.rows[held], tiles.valid[held], encoder, decoder)
         self._scale = self._fitted.scaling(encoder)
-        self._like = tiles.rows
+        self._like, self._rows = tiles.rows, int(held.sum())
         self.columns = layer.weight.shape[2]
 
     def _block(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,38 +94,42 @@ class _Fit:
         return self._block(torch.linspace(0, self.columns - 1, count, device=self._like.device).long())
 
     def choose(self) -> tuple[float, int]:
-        """The ridge and the number of steps with the lowest held-out error; (0, 0) where none lowers it."""
+        """The ridge and the number of steps with the largest `sure_gain`; (0, 0) where none has any."""
         weight, dense, inside = self.probe()
         residual = self._fitted.target(dense) - self._fitted.apply(weight, inside)
         held_out = self._held_out.target(dense) - self._held_out.apply(weight, inside)
-        lowest, chosen = held_out.square().sum().item(), (0.0, 0)
+        uncorrected = _by_row(held_out)
+        largest, chosen = 0.0, (0.0, 0)
         for ridge in RIDGES:
-            before, reached, since = lowest, float("inf"), 0
+            before, reached, since = largest, inf, 0
             steps = corrections(self._fitted, residual, inside, self._scale, ridge)
             for step, correction in enumerate(islice(steps, MAX_STEPS), 1):
-                error = (held_out - self._held_out.apply(correction, inside)).square().sum().item()
+                errors = _by_row(held_out - self._held_out.apply(correction, inside))
+                error, gain = errors.sum().item(), sure_gain(uncorrected, errors)
                 since += 1
                 if error < 0.999 * reached:
                     reached, since = error, 0
-                if error < lowest:
-                    lowest, chosen = error, (ridge, step)
+                if gain > largest:
+                    largest, chosen = gain, (ridge, step)
                 if since == PATIENCE:
                     break
-            if chosen != (0.0, 0) and lowest == before:
+            if chosen != (0.0, 0) and largest == before:
                 break  # weaker ridges overfit more
         return chosen
 
-    def solve(self, ridge: float, steps: int) -> tuple[Tensor, float, float]:
-        """The weight after so many steps, 0 included, and the relative held-out errors before and after."""
+    def solve(self, ridge: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight after so many steps, 0 included, and the held-out errors before and after, of every row of tiles
+        (N,); their sums are the relative ones. All NaN where the dense layer puts out zeros, infinite where it
+        overflows."""
         solved = torch.empty_like(self._layer.weight)
-        before = after = energy = 0.0
+        energy, before, after = 0.0, *self._like.new_zeros(2, self._rows)
         _, blocks, _ = solved.shape
         width = max(1, BLOCK // (len(solved) * max(len(self._like), blocks)))
         for columns in torch.arange(self.columns, device=solved.device).split(width):
             weight, dense, inside = self._block(columns)
             target = self._held_out.target(dense)
             energy += target.square().sum().item()
-            before += (target - self._held_out.apply(weight, inside)).square().sum().item()
+            before += _by_row(target - self._held_out.apply(weight, inside))
             if steps:
                 residual = self._fitted.target(dense) - self._fitted.apply(weight, inside)
                 for correction in islice(corrections(self._fitted, residual, inside, self._scale, ridge), steps):
@@ -125,11 +137,16 @@ class _Fit:
                 weight = weight + last
             solved[:, :, columns] = weight.to(solved)
             weight = solved[:, :, columns].to(weight)  # as rounded in the layer
-            after += (target - self._held_out.apply(weight, inside)).square().sum().item()
+            after += _by_row(target - self._held_out.apply(weight, inside))
         if not isfinite(energy):
-            return solved, inf, inf
+            return solved, before.fill_(inf), after.fill_(inf)
         energy = energy or nan
         return solved, before / energy, after / energy
+
+
+def _by_row(output: Tensor) -> Tensor:
+    """The square of every row of tiles of an output (t², N, b)."""
+    return output.square().sum((0, 2))
 
 
 def fit_layer(
@@ -143,9 +160,10 @@ def fit_layer(
     fit = _Fit(layer, dense, tiles)
     ridge, steps = fit.choose()
     weight, before, after = fit.solve(ridge, steps)
-    if not isfinite(before):
-        return ZERO if isnan(before) else NOT_FINITE
-    if after < before:
+    error_before = before.sum().item()
+    if not isfinite(error_before):
+        return ZERO if isnan(error_before) else NOT_FINITE
+    if sure_gain(before, after) > 0:
         layer.weight.copy_(weight)
     else:
         ridge, steps, after = 0.0, 0, before
@@ -154,18 +172,18 @@ def fit_layer(
         _fit_basis(layer, fit, tiles)
         fit = _Fit(layer, dense, tiles)
         again = fit.choose()
-        weight, _, error = fit.solve(*again)
-        if error < after:
+        weight, _, with_basis = fit.solve(*again)
+        if sure_gain(after, with_basis) > 0:
             layer.weight.copy_(weight)
-            (ridge, steps), after = again, error
+            (ridge, steps), after = again, with_basis
         else:
             layer.encoder.copy_(kept[0])
             layer.decoder.copy_(kept[1])
     count = stl_count(name, layer, shape)
     return LayerCalibration(
         rows=int(tiles.valid.sum()),
-        error_before=before,
-        error_after=after,
+        error_before=error_before,
+        error_after=after.sum().item(),
         effective_rank=effective_rank(tiles.rows[tiles.valid]),
         ridge=ridge,
         steps=steps,

@@ -22,7 +22,8 @@ def calibrate(
 ) -> dict[str, LayerCalibration | str]:
     """Fit the weights of `layers`, name: (STL layer inside `model`, the dense layer that it replaces), in place.
 
-    With `calibrate_basis` their encoders and decoders as well, wherever that lowers the held-out error.
+    With `calibrate_basis` their encoders and decoders as well. All of it wherever that lowers the held-out error by
+    more than its standard error.
 
     Layers are fitted in the order in which the model first runs them, each to its dense layer's output **on the input
     that it will see**, that of the model with all earlier layers calibrated. The other choice, the dense layer's output
@@ -52,7 +53,7 @@ def calibrate(
         done: dict[str, LayerCalibration | str] = dict.fromkeys(layers, "it saw no calibration data")
         for name, shape in shapes.items():
             layer, dense = layers[name]
-            tiles = Tiles(layer, whole_batches=len(batches) >= 4)
+            tiles = Tiles(layer, len(batches))
             _run(model, batches, {name: layer}, tiles.add)
             done[name] = fit_layer(name, layer, dense.weight, tiles, shape, calibrate_basis)
     return done

@@ -12,12 +12,13 @@ MAX_TILES = 4096  # rows of tiles kept of a layer's input: 16384 rows at t = 4
 class Tiles:
     """A bounded sample of the rows of tiles that a layer reads, cut as the layer cuts them.
 
-    `rows` (N, t, k), zero where padded; `valid` (N, t); `held_out` (N,). Every fourth batch is held out, or, with
-    `whole_batches` false, the last quarter of each call: its last samples, not neighbours of those fitted.
+    `rows` (N, t, k), zero where padded; `valid` (N, t); `held_out` (N,). What is held out are other samples than those
+    fitted, for rows of one sample are alike: of `batches` ≥ 4 every fourth; of fewer the last quarter of the samples of
+    each call, or, where it has too few, the first batch; and only of a single sample its last rows.
     """
 
-    def __init__(self, layer: STLLinear, whole_batches: bool) -> None:
-        self._layer, self._whole_batches = layer, whole_batches
+    def __init__(self, layer: STLLinear, batches: int) -> None:
+        self._layer, self._batches = layer, batches
         self._generator = torch.Generator().manual_seed(0)
         like = layer.weight.detach()
         like = like if like.dtype == torch.float64 else like.float()
@@ -35,9 +36,13 @@ class Tiles:
         valid = (torch.arange(rows.shape[-3] * tile, device=x.device) < n).view(-1, tile).expand(rows.shape[:-1])
         if self._layer.row_axis == "batch":  # the samples first, so that the last tiles are the last samples
             rows, valid = rows.movedim(-3, 0), valid.movedim(-2, 0)
+        samples = len(rows)
         rows, valid = rows.reshape(-1, tile, x.shape[-1]), valid.reshape(-1, tile)
         place = torch.arange(len(rows), device=x.device)
-        held_out = torch.full_like(place, number % 4 == 0) if self._whole_batches else place >= len(rows) * 3 // 4
+        if self._batches >= 4 or (self._batches > 1 and samples < 4):
+            held_out = torch.full_like(place, number % 4 == 0)
+        else:
+            held_out = place >= (len(rows) // samples * (samples * 3 // 4) if samples > 1 else len(rows) * 3 // 4)
         # Keeping those with the smallest lots makes a uniform sample of all tiles, however many calls there are.
         lots = torch.cat([self._lots, torch.rand(len(rows), generator=self._generator)])
         keep = lots.argsort()[:MAX_TILES].sort().values

@@ -18,7 +18,7 @@ from stl.basis import Basis, get_basis, list_bases
 from stl.cp.als import Factors, from_basis, minimise, to_basis
 from stl.cp.discretise import discretise
 from stl.cp.starts import hop, start_batch
-from stl.cp.table import check_size
+from stl.cp.table import ROLES, check_size
 from stl.errors import SettingError
 
 RIDGE = 1e-3  # at the beginning of a descent; a large one (0.1) leads to plain scalar products
@@ -195,6 +195,14 @@ def exact_bases(tile: int) -> list[Basis]:
     """The exact bases of this tile size that were published, each a start for the ranks around it."""
     families = [("strassen", 7), ("strassen", 49), ("exact48", 48)]
     return [get_basis(name, tile, rank) for name, rank in families if name in list_bases(tile, rank)]
+
+
+def published(basis: Basis) -> str | None:
+    """The family of the exact basis that this one is, matrix by matrix; None for what a search found."""
+    for known in exact_bases(basis.tile):
+        if known.rank == basis.rank and all(torch.equal(getattr(known, role), getattr(basis, role)) for role in ROLES):
+            return known.name
+    return None
 
 
 def shorten(basis: Basis) -> Basis:

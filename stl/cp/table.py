@@ -3,6 +3,8 @@
 import json
 import os
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,12 @@ def verify(row: dict, basis: Basis, where: str) -> None:
             raise SettingError(f"{where}: {key} is said to be {said!r} and is {is_!r}; the matrices were changed")
 
 
-def read_entry(row: Any, where: str) -> Entry:
-    """Raises SettingError, which begins with `where`, if a field is missing or of another kind, a matrix has another
-    shape or a value that is not finite, or error and S are not those of the matrices."""
+def read_entry(row: Any, where: str, name: str = "als") -> Entry:
+    """The entry of a row, its basis of the family `name`.
+
+    Raises SettingError, which begins with `where`, if a field is missing or of another kind, a matrix has another shape
+    or a value that is not finite, or error and S are not those of the matrices.
+    """
     tile, rank, where = read_head(row, where)
     matrices = []
     for role in ROLES:
@@ -59,7 +64,7 @@ def read_entry(row: Any, where: str) -> Entry:
         except (KeyError, TypeError, ValueError):
             raise SettingError(f"{where}: {role} is not {rank} rows of {tile**2} numbers; find it again") from None
     try:
-        basis = Basis("als", tile, rank, *matrices)
+        basis = Basis(name, tile, rank, *matrices)
     except SettingError as error:
         raise SettingError(f"{where}: {error}") from None
     verify(row, basis, where)
@@ -90,16 +95,38 @@ def read_rows(path: Path) -> list[Any]:
     return rows
 
 
+def by_size(rows: list[Any], where: str) -> dict[tuple[int, int], dict[str, Any]]:
+    """Rows by (tile, rank); raises SettingError, which begins with `where`, if the head of one is wrong, or a size
+    stands there twice."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for i, row in enumerate(rows):
+        tile, rank, _ = read_head(row, f"{where}, basis {i}")
+        if (tile, rank) in found:
+            raise SettingError(f"{where} has tile={tile} rank={rank} twice; remove one")
+        found[tile, rank] = row
+    return found
+
+
 def read_table(path: Path) -> Table:
     """All bases of a table, verified; raises SettingError if anything in it is wrong, or a size stands there twice."""
-    table: Table = {}
-    for i, row in enumerate(read_rows(path)):
-        entry = read_entry(row, f"{str(path)!r}, basis {i}")
-        size = entry.basis.tile, entry.basis.rank
-        if size in table:
-            raise SettingError(f"{str(path)!r} has tile={size[0]} rank={size[1]} twice; remove one")
-        table[size] = entry
-    return table
+    rows = by_size(read_rows(path), repr(str(path)))
+    return {size: read_entry(row, f"{str(path)!r}, basis {i}") for i, (size, row) in enumerate(rows.items())}
+
+
+@cache
+def shipped(name: str) -> dict[tuple[int, int], dict[str, Any]]:
+    """The rows of stl/bases/<name>.json by (tile, rank); raises SettingError if it is no table."""
+    with as_file(files("stl.bases") / f"{name}.json") as path:
+        return by_size(read_rows(path), f"stl/bases/{name}.json")
+
+
+def shipped_ranks(name: str, tile: int) -> list[int]:
+    return [rank for size, rank in shipped(name) if size == tile]
+
+
+def shipped_basis(name: str, tile: int, rank: int) -> Basis:
+    """The basis of this size in stl/bases/<name>.json; raises SettingError if anything in its row is wrong."""
+    return read_entry(shipped(name)[tile, rank], f"stl/bases/{name}.json", name).basis
 
 
 def entry_of(basis: Basis, provenance: dict[str, Any]) -> Entry:

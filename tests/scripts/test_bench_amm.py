@@ -13,10 +13,11 @@ import benchmarking
 import pytest
 import torch
 from amm_rivals import Weight
-from running import QUICK, run
+from running import QUICK, ROOT, run
 from torch.utils.flop_counter import FlopCounterMode
 
 from stl import get_basis, stl_matmul
+from stl.basis import available_ranks
 
 
 def gaussian(n=64, k=96, m=80, samples=1, seed=0):
@@ -285,6 +286,34 @@ def test_files_of_a_run(tmp_path, monkeypatch, capsys):
     assert "| 2, 4 |" in table
     assert "At half the MACs 2:4 has error" in table
     assert 5000 < out.with_suffix(".png").stat().st_size < 200_000
+    out.with_suffix(".md").unlink()
+    out.with_suffix(".png").unlink()
+    program(monkeypatch, "--render", "--out", out)
+    assert out.with_suffix(".md").read_text() == table
+    assert json.loads(out.read_text()) == written
+    assert out.with_suffix(".png").exists()
+
+
+def test_the_report_that_ships_is_of_the_bases_that_ship():
+    path = ROOT / "results" / "amm.json"
+    result = json.loads(path.read_text())
+    rows = [row for kind in result["matrices"] for row in kind["rows"] if row["method"] == "stl"]
+    bases = {(row["basis"], row["tile"], row["rank"]): row["predicted"] for row in rows if row["basis"] == "als"}
+    assert len(bases) == sum(len(available_ranks("als", tile)) for tile in bench_amm.TILES)
+    for spec, predicted in bases.items():
+        assert predicted == pytest.approx(get_basis(*spec).error ** 0.5, rel=1e-4, abs=1e-9)
+    assert path.with_suffix(".md").read_text() == amm_report.markdown(result, path)
+
+
+def test_errors_in_bfloat16_are_in_the_table():
+    def row(method, error, **facts):
+        return {"method": method, "error_bfloat16": error, "std_bfloat16": None, "mac_fraction": 0.5} | facts
+
+    stl = {"tile": 2, "rank": 4, "macs": 8, "budget": 8, "error_float32": 0.25, "compared": True}
+    rows = [row("dense", 0.003), row("2:4", 0.31), row("stl", 0.26, **stl), row("pruned", 0.42, budget=8)]
+    said = amm_report.in_bfloat16(rows)
+    assert "the dense product has error 0.003 and 2:4 0.310:" in said
+    assert "| 2, 4 | 0.500 | 0.260 | – | 0.420 | – | – | – | – |" in said
 
 
 def test_tables_have_the_best_basis_of_a_rank_where_it_has_rivals():
@@ -309,6 +338,7 @@ def test_tables_have_the_best_basis_of_a_rank_where_it_has_rivals():
     [
         (["--size", "0"], "--size 0 must be a positive number"),
         (["--seeds", "-1"], "--seeds -1 must be a positive number"),
+        (["--render", "--out", "none.json"], "--render: none.json holds no measurements; leave it out to measure"),
         (["--out", "amm.png"], "--out amm.png must end in .json; the plot and the table stand beside it"),
     ],
 )

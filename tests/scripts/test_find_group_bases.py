@@ -52,6 +52,21 @@ def test_a_table_keeps_what_is_better(find):
     assert find("--tile", 2, "--rank", 7, "--chains", 1, "--steps", 0, name="alone") != [good[4]]
 
 
+def test_the_lower_error_is_better_and_of_equal_ones_the_lower_s():
+    def row(error, amplification):
+        return {"error": error, "amplification": amplification}
+
+    own = row(0.5, 4.0)
+    assert script.is_better(own, None, 64)
+    assert not script.is_better(own, own, 64)
+    assert script.is_better(own, row(0.51, 1.0), 64)
+    assert not script.is_better(own, row(0.49, 60.0), 64)
+    assert script.is_better(own, row(0.5 - 1e-12, 4.1), 64)
+    assert not script.is_better(own, row(0.5 + 1e-12, 3.9), 64)
+    assert not script.is_better(own, row(0.5 + 1e-12, 4.0 + 1e-12), 64)
+    assert script.is_better(own, row(0.1, 65.0), 64)  # the limit comes first
+
+
 def test_wrong_settings_are_one_line_and_nothing_is_written(find, tmp_path):
     said = {
         ("--tile", 2, "--rank", 0): "rank=0 must lie between 1 and t³ = 8",

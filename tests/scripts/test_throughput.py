@@ -6,7 +6,10 @@ import sys
 import pytest
 import throughput
 import torch
+from benchmarking import run_main
 from throughput import Case, How
+
+from stl import SettingError
 
 QUICK = How(repeats=2, calls=1, image_size=32, compile_mode=None, device="cpu")
 HERE = {"gpu": "X", "driver": "1", "versions": {"torch": "2"}, "git_commit": "abc", "compile": None, "date": "today"}
@@ -135,7 +138,7 @@ def test_a_stopped_program_keeps_its_rows(tmp_path, calls, monkeypatch):
 def test_a_file_of_another_machine_or_version_is_refused(key, tmp_path, calls):
     out = tmp_path / "file.json"
     measure_all(out, [SINGLE])
-    with pytest.raises(SystemExit, match=rf"error: .*file.json is of another .*{key} was .*, is new.*give --out"):
+    with pytest.raises(SettingError, match=rf".*file.json is of another .*{key} was .*, is new.*give --out"):
         measure_all(out, [DDP], here=HERE | {key: "new"})
     assert calls == [SINGLE]
 
@@ -151,7 +154,7 @@ def run(monkeypatch, tmp_path, *words):
     monkeypatch.setattr(throughput, "machine", dict)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(sys, "argv", ["throughput.py", "--out", str(tmp_path / "file.json"), *words])
-    throughput.main()
+    run_main(throughput.main)
     return groups
 
 

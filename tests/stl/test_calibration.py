@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from stl import SettingError, STLLinear, convert, get_basis
 from stl.basis import least_squares_encode_w
 from stl.calibration import LayerCalibration
-from stl.calibration.sample import effective_rank
+from stl.calibration.layer import sure_gain
+from stl.calibration.sample import Tiles, effective_rank
 from stl.calibration.system import Problem, corrections
 from stl.functional import encode_weight
 
@@ -128,6 +129,53 @@ def test_hardly_any_data_does_not_make_the_layer_worse():
     convert(model, calibration=[gaussian(6, 2, 64)], **SETTINGS)
     unseen = gaussian(200, 2, 64, seed=7)
     assert error(model[0], dense, unseen) < 1.01 * error(uncalibrated, dense, unseen)
+
+
+@pytest.mark.parametrize("directions", [64, 3])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_two_batches_of_tokens_alike_do_not_make_the_layer_worse(samples, directions):
+    settings = {"tile": 4, "rank": 16, "basis": "frame"}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(64, 48)).double()
+        dense = model[0]
+        uncalibrated = STLLinear.from_linear(dense, **settings)
+
+        def batch(seed: int, samples: int = samples) -> Tensor:
+            """Samples whose tokens have more in common than what tells them apart."""
+            common = correlated(samples, 1, 64, directions=directions, seed=seed)
+            return common + 0.6 * correlated(samples, 8, 64, directions=directions, seed=seed + 1)
+
+        convert(model, calibration=[batch(10), batch(20)], from_dense=True, **settings)
+        before, after = (error(layer, dense, batch(30, samples=64)) for layer in (uncalibrated, model[0]))
+        assert after < 1.01 * before
+        assert directions == 64 or after < before
+
+
+def test_samples_are_held_out_whole():
+    layer = STLLinear(3, 3, tile=2, rank=4, basis="hadamard")
+    for batches, sizes, held_out in (
+        (1, [(1, 8)], [0]),  # the last row of tiles: there is no other sample
+        (1, [(3, 8)], [2, 2, 2, 2]),
+        (2, [(1, 8), (1, 8)], [0, 0, 0, 0]),
+        (2, [(8, 3), (1, 3)], [6, 6, 7, 7]),
+        (4, [(2, 3)] * 4, [0, 0, 1, 1]),
+    ):
+        tiles = Tiles(layer, batches)
+        for number, (samples, tokens) in enumerate(sizes):
+            marks = torch.arange(samples) + 10 * number
+            tiles.add("", number, marks.view(-1, 1, 1).expand(samples, tokens, 3).float())
+        marks = tiles.rows[tiles.held_out][:, 0, 0].int().tolist()
+        assert marks == held_out
+
+
+def test_a_lower_error_counts_less_its_standard_error():
+    before = torch.tensor([3.0, 2.0, 4.0, 1.0])
+    assert sure_gain(before, before - 0.5) == pytest.approx(2.0)
+    assert sure_gain(before, before - torch.tensor([1.0, 0.0, 1.0, 0.0])) == pytest.approx(2 - 2 * 3**-0.5)
+    assert sure_gain(before, before - torch.tensor([2.0, -1.0, 0.0, 0.0])) < 0
+    assert not sure_gain(before, before.fill_(torch.nan)) > 0
+    assert sure_gain(before[:1], torch.zeros(1)) < 0
 
 
 class Patches(nn.Module):

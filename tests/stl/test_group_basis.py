@@ -135,7 +135,9 @@ def test_a_changed_file_is_refused(monkeypatch):
             read_row(good | change, "here")
         assert str(caught.value).startswith(said)
         assert "\n" not in str(caught.value)
-    monkeypatch.setattr(stl.bases.group, "_rows", lambda: {(2, 4): good | {"group": [4]}})
+    rows = {(2, 4): good | {"group": [4]}}
+    for module in (stl.bases.group, stl.cp.table):
+        monkeypatch.setattr(module, "shipped", lambda name: rows)
     stl.basis._build.cache_clear()
     with pytest.raises(SettingError, match=r"stl/bases/group\.json, tile=2 rank=4: group=\[4\]"):
         get_basis("group", 2, 4)

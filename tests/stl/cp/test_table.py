@@ -1,9 +1,12 @@
 import json
+from importlib.resources import files
 
 import pytest
 import torch
 
 from stl import Basis, SettingError, get_basis
+from stl.basis import _build
+from stl.cp import table as tables
 from stl.cp.table import entry_of, read_table, write_table
 
 
@@ -57,7 +60,7 @@ def test_a_table_keeps_every_bit(path, tmp_path):
         ({"error": float("nan")}, "error is said to be nan and is "),
         ({"error": None}, "error=None is missing or wrong"),
         ({"amplification": 1.0}, "amplification is said to be 1.0 and is "),
-        ({"tile": 3, "rank": 11}, "encode_x has shape (5, 4); tile=3 rank=11 needs (11, 9)"),
+        ({"tile": 3, "rank": 12}, "encode_x has shape (5, 4); tile=3 rank=12 needs (12, 9)"),
     ],
 )
 def test_a_wrong_row_is_one_line_that_names_the_place(path, changes, said):
@@ -95,3 +98,26 @@ def test_a_file_that_is_no_table_is_refused(path, text, said):
 def test_a_table_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SettingError, match=r"none\.json' cannot be read: No such file or directory"):
         read_table(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(("name", "tile", "rank"), [("als", 2, 5), ("exact48", 4, 48), ("group", 2, 4)])
+def test_a_damaged_file_that_ships_is_one_line(name, tile, rank, tmp_path, monkeypatch):
+    content = json.loads((files("stl.bases") / f"{name}.json").read_text())
+    place = next(i for i, row in enumerate(content["bases"]) if (row["tile"], row["rank"]) == (tile, rank))
+    own = content["bases"][place]
+    lacking = {key: [{k: v for k, v in own.items() if k != key}] for key in own}
+    damaged = {key: json.dumps({"bases": rows}) for key, rows in lacking.items()}
+    damaged |= {"is no JSON": json.dumps(content)[:-9], "twice; remove one": json.dumps({"bases": [own, own]})}
+    damaged |= {'no list "bases"': json.dumps(own), "is not an object": '{"bases": [3]}'}
+    monkeypatch.setattr(tables, "files", lambda package: tmp_path)
+    for said, text in damaged.items():
+        (tmp_path / f"{name}.json").write_text(text)
+        _build.cache_clear()
+        tables.shipped.cache_clear()
+        with pytest.raises(SettingError) as caught:
+            get_basis(name, tile, rank)
+        assert f"{name}.json" in str(caught.value)
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+    _build.cache_clear()
+    tables.shipped.cache_clear()
