@@ -60,6 +60,7 @@ def stl_linear(
     row_axis: str = "tokens",
     out_features: int | None = None,
     backend: str = "auto",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Y_IJ = unvec(decoderᵀ · Σ_K (encoder·vec(X_IK)) ⊙ weight[:, K, J]) + bias: encode, r GEMMs, decode.
 
@@ -72,6 +73,7 @@ def stl_linear(
             position and nothing passes between positions.
         out_features: m, at most M·t. By default the length of the bias, else M·t.
         backend: "torch" is this reference, "triton" the kernels; "auto" picks the faster.
+        residual: (..., n, m), added to Y. Under autocast it stays as precise as it is, and the sum is.
 
     Returns:
         (..., n, m), contiguous.
@@ -81,10 +83,11 @@ def stl_linear(
             unknown or cannot run here.
     """
     tile, out_features = check_arguments(x, weight, encoder, decoder, bias, row_axis, out_features, backend)
+    check_residual(residual, x, out_features)
     if kernels.use_triton(backend, x, tile, len(weight)):
         from stl.kernels.linear import linear  # needs triton
 
-        return linear(x, weight, encoder, decoder, bias, row_axis, out_features)
+        return linear(x, weight, encoder, decoder, bias, row_axis, out_features, residual)
     if row_axis == "batch":
         x = x.movedim(0, -2)
     n = x.shape[-2]
@@ -96,7 +99,9 @@ def stl_linear(
     y = from_tiles(decoded.view(tile**2, *shape, weight.shape[-1]), n, out_features)
     if row_axis == "batch":
         y = y.movedim(-2, 0)
-    return (y if bias is None else y + bias.to(y.dtype)).contiguous()
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return (y if residual is None else y + residual).contiguous()
 
 
 def stl_matmul(x: Tensor, w: Tensor, basis: Basis) -> Tensor:
@@ -156,3 +161,13 @@ def check_arguments(
             f"{(out_blocks - 1) * tile + 1} to {out_blocks * tile} features and a bias of the same length"
         )
     return tile, out_features
+
+
+def check_residual(residual: Tensor | None, x: Tensor, out_features: int) -> None:
+    """Raises SettingError where it is not what a layer gives for x: in shape, device or kind of numbers."""
+    if residual is None:
+        return
+    shape = (*x.shape[:-1], out_features)
+    if residual.shape != shape or residual.device != x.device or not residual.is_floating_point():
+        got = f"{tuple(residual.shape)}, {residual.dtype}, on {residual.device}"
+        raise SettingError(f"residual must be floating-point {shape} on {x.device}, as what it is added to; got {got}")

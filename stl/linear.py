@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stl import kernels
 from stl.basis import Basis, get_basis
 from stl.errors import SettingError
-from stl.functional import ROW_AXES, encode_weight, stl_linear
+from stl.functional import ROW_AXES, check_residual, encode_weight, stl_linear
 
 SPEC_BYTES = 96
 
@@ -17,8 +18,8 @@ class STLLinear(nn.Module):
 
     Attributes: `weight` (r, ⌈k/t⌉, ⌈m/t⌉), `encoder` (r, t²), `decoder` (r, t²), `bias` (m,) or None.
 
-    Input (..., n, k), output (..., n, m). The t rows of a tile mix where the basis is not exact, so it matters which
-    rows share a tile:
+    Input (..., n, k), and a residual of the output's shape that is added to it; output (..., n, m). The t rows of a
+    tile mix where the basis is not exact, so it matters which rows share a tile:
 
     - `row_axis="tokens"`: neighbours along axis −2. A 2-D input is (batch, features), as everywhere in PyTorch: each
       sample is then one token, alone in its tile, so that samples never mix.
@@ -137,16 +138,14 @@ class STLLinear(nn.Module):
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = stl_linear(
             self.with_rows(x),
-            self.weight,
-            self.encoder,
-            self.decoder,
-            self.bias,
+            *self.tensors(),
             row_axis=self.row_axis,
             out_features=self.out_features,
             backend=self.backend,
+            residual=self.with_rows_of(x, residual),
         )
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -157,8 +156,23 @@ class STLLinear(nn.Module):
         """
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise SettingError(f"x has shape {tuple(x.shape)}; in_features={self.in_features} must be its last size")
-        lone_rows = x.ndim == 1 or (x.ndim == 2 and self.row_axis == "tokens")
-        return x.unsqueeze(-2) if lone_rows else x
+        return x.unsqueeze(-2) if self._has_lone_rows(x) else x
+
+    def with_rows_of(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The residual as `stl_linear` takes it beside `with_rows(x)`. Raises SettingError where it does not fit."""
+        check_residual(residual, x, self.out_features)
+        return residual if residual is None or not self._has_lone_rows(x) else residual.unsqueeze(-2)
+
+    def _has_lone_rows(self, x: Tensor) -> bool:
+        return x.ndim == 1 or (x.ndim == 2 and self.row_axis == "tokens")
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What it computes with: weight, encoder, decoder and bias."""
+        return self.weight, self.encoder, self.decoder, self.bias
+
+    def uses_kernels(self, x: Tensor) -> bool:
+        """Whether kernels compute it for this x; raises SettingError where it asks for kernels that there are not."""
+        return kernels.use_triton(self.backend, x, self.tile, self.rank)
 
     def extra_repr(self) -> str:
         return (

@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 
 from stl import kernels
 from stl.errors import SettingError
-from stl.functional import check_arguments
+from stl.functional import check_arguments, check_residual
 from stl.linear import STLLinear
+from stl.norm_linear import fits
+from stl.normalisation import Norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -27,10 +29,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class STLMLP(nn.Module):
     """second(activation(first(x))), or gated second(activation(first(x))·up(x)), then dropout.
 
-    Input (..., n, k), output (..., n, m). The numbers are those of the layers one after the other. The layers keep the
-    names that they are given, in the order first, up, second, so that state dicts stay as they were. The attribute
-    `backend`, "auto", says what computes it, as in `stl_linear`. Raises SettingError where the layers do not fit each
-    other, or for an unknown activation.
+    Input (..., n, k), output (..., n, m). A residual of the output's shape is added to it, and a norm applied to the
+    input; with kernels neither is a pass over memory of its own. The numbers are those of the layers one after the
+    other. The layers keep the names that they are given, in the order first, up, second, so that state dicts stay as
+    they were. The attribute `backend`, "auto", says what computes it, as in `stl_linear`. Raises SettingError where
+    the layers do not fit each other, or for an unknown activation.
     """
 
     backend = "auto"
@@ -59,31 +62,46 @@ class STLMLP(nn.Module):
         for name, layer in zip(self.names, layers, strict=True):
             self.add_module(name, layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        first, *up, second = self.layers
-        if kernels.use_triton(self.backend, x, first.tile, max(layer.rank for layer in self.layers)):
-            y = self._by_kernels(x)
-        else:
-            hidden = ACTIVATIONS[self.activation](first(x))
-            y = second(hidden * up[0](x) if up else hidden)
-        return F.dropout(y, self.dropout, self.training)
+    def forward(self, x: Tensor, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
+        check_residual(residual, x, self.layers[-1].out_features)
+        if self.dropout and self.training:
+            y = F.dropout(self._compute(x, None, norm), self.dropout)
+            return y if residual is None else y + residual
+        return self._compute(x, residual, norm)
 
-    def _by_kernels(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:
+        """Without the dropout."""
+        first, *up, second = self.layers
+        by_kernels = self.uses_kernels(x)
+        if norm is not None and not (by_kernels and fits(first)):
+            x, norm = norm.apply(x), None
+        if by_kernels:
+            return self._by_kernels(x, residual, norm)
+        hidden = ACTIVATIONS[self.activation](first(x))
+        return second(hidden * up[0](x) if up else hidden, residual)
+
+    def uses_kernels(self, x: Tensor) -> bool:
+        """As that of a layer."""
+        return kernels.use_triton(self.backend, x, self.layers[0].tile, max(layer.rank for layer in self.layers))
+
+    def _by_kernels(self, x: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:
         from stl.kernels.mlp import mlp  # needs triton
 
         first, *up, second = self.layers
         rows = first.with_rows(x)
         for layer in (first, *up):
-            check_arguments(rows, *_tensors(layer), layer.row_axis, layer.out_features, self.backend)
+            check_arguments(rows, *layer.tensors(), layer.row_axis, layer.out_features, self.backend)
         y = mlp(
             rows,
-            _tensors(first),
-            _tensors(up[0]) if up else None,
-            _tensors(second),
+            first.tensors(),
+            up[0].tensors() if up else None,
+            second.tensors(),
             self.activation,
             first.row_axis,
             first.out_features,
             second.out_features,
+            norm,
+            second.with_rows_of(x, residual),
         )
         return y.view(*x.shape[:-1], second.out_features)
 
@@ -110,10 +128,6 @@ def fuse_mlps(model: nn.Module) -> list[str]:
             setattr(parent, name.rpartition(".")[2], fused.train(module.training))
             replaced.append(name)
     return replaced
-
-
-def _tensors(layer: STLLinear) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return layer.weight, layer.encoder, layer.decoder, layer.bias
 
 
 def _fit(first: STLLinear, up: STLLinear | None, second: STLLinear) -> bool:

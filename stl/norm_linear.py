@@ -3,13 +3,13 @@
 With kernels what is normalised never reaches memory: its encoding is computed from x at once.
 """
 
-import torch
 from torch import Tensor, nn
 
 from stl import kernels
 from stl.errors import SettingError
 from stl.functional import check_arguments
 from stl.linear import STLLinear
+from stl.normalisation import Norm
 
 
 class STLNormLinear(nn.Module):
@@ -31,17 +31,24 @@ class STLNormLinear(nn.Module):
         self.norm, self.linear = norm, linear
 
     def forward(self, x: Tensor) -> Tensor:
-        linear = self.linear
-        wide = linear.weight.shape[1] > kernels.MOST_NORMALISED_TILES
-        if wide or not kernels.use_triton(self.backend, x, linear.tile, linear.rank):
-            return linear(self.norm(x))
-        from stl.kernels.norm import norm_linear  # needs triton
+        linear, norm = self.linear, self.norm
+        if not (fits(linear) and kernels.use_triton(self.backend, x, linear.tile, linear.rank)):
+            return linear(norm(x))
+        parts = Norm(norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, nn.LayerNorm))
+        return norm_linear(parts, linear, x, self.backend, None)
 
-        rows = linear.with_rows(x)
-        layer = (linear.weight, linear.encoder, linear.decoder, linear.bias)
-        check_arguments(rows, *layer, linear.row_axis, linear.out_features, self.backend)
-        shift = getattr(self.norm, "bias", None)
-        eps = torch.finfo(x.dtype).eps if self.norm.eps is None else self.norm.eps  # RMSNorm's default
-        centre = isinstance(self.norm, nn.LayerNorm)
-        y = norm_linear(rows, self.norm.weight, shift, eps, centre, layer, linear.row_axis, linear.out_features)
-        return y.view(*x.shape[:-1], linear.out_features)
+
+def fits(linear: STLLinear) -> bool:
+    """Whether a program of the kernels can hold a row of tiles, and so normalise it."""
+    return linear.weight.shape[1] <= kernels.MOST_NORMALISED_TILES
+
+
+def norm_linear(norm: Norm, linear: STLLinear, x: Tensor, backend: str, residual: Tensor | None) -> Tensor:
+    """linear(norm(x)) + residual by kernels, for a layer that fits."""
+    from stl.kernels.norm import norm_linear  # needs triton
+
+    rows, layer = linear.with_rows(x), linear.tensors()
+    check_arguments(rows, *layer, linear.row_axis, linear.out_features, backend)
+    residual = linear.with_rows_of(x, residual)
+    y = norm_linear(rows, norm, layer, linear.row_axis, linear.out_features, residual)
+    return y.view(*x.shape[:-1], linear.out_features)

@@ -1,5 +1,5 @@
-"""Channels to tiles: tile[e] = Σ_q matrix[q, e]·channels[q]. The decode of a layer, and the last step of its backward
-pass, where the gradient of the channels becomes that of the input."""
+"""Channels to tiles: tile[e] = Σ_q matrix[q, e]·channels[q]. The decode of a layer, which adds a residual as it
+writes, and the last step of its backward pass, where the gradient of the channels becomes that of the input."""
 
 import torch
 import triton
@@ -26,9 +26,10 @@ def _decode(
     y, stride_b, stride_n, stride_k, n, k, N, P, K,
     matrix, channels, bias, x, x_b, x_n, x_k, products,
     T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, INPUT: tl.constexpr,
+    PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, INPUT: tl.constexpr,
 ):  # fmt: skip
-    """A program takes the same BLOCK tiles of ROWS rows of tiles, one row after the other."""
+    """A program takes the same BLOCK tiles of ROWS rows of tiles, one row after the other. x, of y's shape, is what is
+    added to y (RESIDUAL), or what is encoded again (INPUT)."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(K, BLOCK)
     chunk = pid // blocks
@@ -45,6 +46,9 @@ def _decode(
         tiles = multiply(tl.trans(basis), coded, None, PRECISION)
         if BIAS:
             tiles += shift
+        if RESIDUAL:
+            x_places, x_exist = tile_places(p, j, N, P, n, k, x_b, x_n, x_k, T, TT, FULL)
+            tiles += tl.load(x + x_places, mask=x_exist, other=0.0).to(tl.float32)
         y_places, y_exist = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL)
         tl.store(y + y_places, tiles.to(y.dtype.element_ty), mask=y_exist)
         if INPUT:
@@ -57,9 +61,12 @@ def _decode(
         store_product(product, products, pid, R, T, RP, TT)
 
 
-def decode(channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor | None = None) -> None:
-    """channels (r, P, M), matrix (r, t²) and bias (m,) → into y (B, n, m), any strides."""
-    _launch(channels, matrix, y, tile, bias, None)
+def decode(
+    channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor | None, residual: Tensor | None
+) -> None:
+    """channels (r, P, M), matrix (r, t²), bias (m,) and residual (B, n, m) → into y (B, n, m), both of any strides and
+    precision."""
+    _launch(channels, matrix, y, tile, bias, residual, again=False)
 
 
 def decode_gradient(gradient: Tensor, encoder: Tensor, x: Tensor, dx: Tensor, tile: int) -> Tensor:
@@ -68,25 +75,26 @@ def decode_gradient(gradient: Tensor, encoder: Tensor, x: Tensor, dx: Tensor, ti
     The input's is written to dx (B, n, k), and over `gradient` x encoded again. Returns that of the encoder, float32
     (r, t²).
     """
-    products = _launch(gradient, encoder, dx, tile, None, x)
+    products = _launch(gradient, encoder, dx, tile, None, x, again=True)
     assert products is not None
     return products
 
 
 def _launch(
-    channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor | None, x: Tensor | None
+    channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor | None, x: Tensor | None, again: bool
 ) -> Tensor | None:
-    rank, tiling = len(matrix), Tiling(y.shape[0], y.shape[1], y.shape[2], tile)
-    if x is None:
-        grid = divide(tiling, 128, 8 if y.dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=4)
+    rank, tiling, dtype = len(matrix), Tiling(y.shape[0], y.shape[1], y.shape[2], tile), channels.dtype
+    if again:
+        grid = divide_for_sums(tiling, dtype, rank)
     else:
-        grid = divide_for_sums(tiling, y.dtype, rank)
-    products = None if x is None else x.new_empty(grid.programs, *matrix.shape, dtype=torch.float32)
+        grid = divide(tiling, 128, 8 if dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=4)
+    products = channels.new_empty(grid.programs, *matrix.shape, dtype=torch.float32) if again else None
     if y.numel():
         with torch.cuda.device_of(y):
             _decode[(grid.programs,)](
                 y, *y.stride(), *tiling.sizes(), matrix, channels, bias,
                 x, *(0, 0, 0) if x is None else x.stride(), products,
-                **constants(tiling, rank, y.dtype, grid), BIAS=bias is not None, INPUT=x is not None,
+                **constants(tiling, rank, dtype, grid), BIAS=bias is not None,
+                RESIDUAL=x is not None and not again, INPUT=again,
             )  # fmt: skip
     return None if products is None else products.sum(0)

@@ -39,7 +39,8 @@ def _encode(
     for step in range(ROWS):
         p = chunk * ROWS + step
         places, exists = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL)
-        tiles = tl.load(x + places, mask=exists, other=0.0)
+        entries = tl.load(x + places, mask=exists, other=0.0)
+        tiles = entries.to(matrix.dtype.element_ty)
         places, exists = channel_places(p, j, P, K, R, RP, FULL)
         encoded = multiply(basis, tiles, None, PRECISION)
         tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exists)
@@ -47,7 +48,7 @@ def _encode(
             other = tl.load(others + places, mask=exists, other=0.0)
             product = multiply(other, tl.trans(tiles), product, PRECISION)
         if SUM:
-            total += tiles.to(tl.float32)
+            total += entries.to(tl.float32)
     if PRODUCT:
         store_product(product, products, pid, R, T, RP, TT)
     if SUM:
@@ -67,28 +68,29 @@ def encode_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradient of what `decode` gave, (B, n, m) → those of what it was given, in one pass over memory.
 
-    Returns the gradient of the channels, (r, P, M); that of the decoder, float32 (r, t²), where the decoded `channels`
-    (r, P, M) are given; that of the bias, float32 (m,), where it is asked for.
+    Returns the gradient of the channels, (r, P, M), in the precision of the decoder, whatever that of `gradient` is;
+    that of the decoder, float32 (r, t²), where the decoded `channels` (r, P, M) are given; that of the bias, float32
+    (m,), where it is asked for.
     """
     tiling = Tiling(gradient.shape[0], gradient.shape[1], gradient.shape[2], tile)
-    dchannels = gradient.new_empty(len(decoder), tiling.rows, tiling.columns)
+    dchannels = decoder.new_empty(len(decoder), tiling.rows, tiling.columns)
     return dchannels, *_launch(gradient, tiling, decoder, dchannels, channels, bias)
 
 
 def _launch(
     x: Tensor, tiling: Tiling, matrix: Tensor, channels: Tensor, others: Tensor | None, bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    rank = len(matrix)
+    rank, dtype = len(matrix), matrix.dtype
     if others is None and not bias:
-        grid = divide(tiling, 128, 8 if x.dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=1)
+        grid = divide(tiling, 128, 8 if dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=1)
     else:
-        grid = divide_for_sums(tiling, x.dtype, rank)
+        grid = divide_for_sums(tiling, dtype, rank)
     products = None if others is None else x.new_empty(grid.programs, *matrix.shape, dtype=torch.float32)
     sums = x.new_empty(grid.chunks, x.shape[2], dtype=torch.float32) if bias else None
     if channels.numel():
         with torch.cuda.device_of(x):
             _encode[(grid.programs,)](
                 x, *x.stride(), *tiling.sizes(), matrix, channels, others, products, sums,
-                **constants(tiling, rank, x.dtype, grid), PRODUCT=others is not None, SUM=bias,
+                **constants(tiling, rank, dtype, grid), PRODUCT=others is not None, SUM=bias,
             )  # fmt: skip
     return None if products is None else products.sum(0), None if sums is None else sums.sum(0)

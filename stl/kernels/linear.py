@@ -14,15 +14,25 @@ from stl.kernels.decode import decode, decode_gradient
 from stl.kernels.encode import encode, encode_gradient
 from stl.precision import autocast_dtype
 
+Layer = tuple[Tensor, Tensor, Tensor, Tensor | None]  # weight, encoder, decoder, bias
+
 
 def linear(
-    x: Tensor, weight: Tensor, encoder: Tensor, decoder: Tensor, bias: Tensor | None, row_axis: str, out_features: int
+    x: Tensor,
+    weight: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    row_axis: str,
+    out_features: int,
+    residual: Tensor | None,
 ) -> Tensor:
     """`stl.functional.stl_linear` by kernels, for arguments that it has checked."""
     samples, rows_first = as_samples(x, row_axis)
-    samples, weight, encoder, decoder, bias = as_autocast(samples, weight, encoder, decoder, bias)
+    samples, weight, encoder, decoder, bias = as_autocast(samples, samples, weight, encoder, decoder, bias)
     channels = torch.ops.stl.encode_gemm(samples, weight, encoder, rows_first)
-    y = torch.ops.stl.decode(channels, decoder, bias, *samples.shape[:2], out_features, rows_first)
+    sizes = samples.shape[:2]
+    y = torch.ops.stl.decode(channels, decoder, bias, added(residual, row_axis), *sizes, out_features, rows_first)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -33,10 +43,15 @@ def as_samples(x: Tensor, row_axis: str) -> tuple[Tensor, bool]:
     return (x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)), False
 
 
+def added(residual: Tensor | None, row_axis: str) -> Tensor | None:
+    """As `stl::decode` takes it; autocast leaves it as precise as it is."""
+    return None if residual is None else as_samples(residual, row_axis)[0]
+
+
 def as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """All of them in the dtype that autocast asks for."""
+    """The tensors in the dtype that autocast asks for where x is; in x's own outside of autocast."""
     dtype = autocast_dtype(x) or x.dtype
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *tensors))
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def tile_of(matrix: Tensor) -> int:
@@ -115,17 +130,30 @@ def _(gradient, x, weight, encoder, rows_first, **_) -> int:
 
 @torch.library.custom_op("stl::decode", mutates_args=())
 def _decode(
-    channels: Tensor, decoder: Tensor, bias: Tensor | None, first: int, second: int, m: int, rows_first: bool
+    channels: Tensor,
+    decoder: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    first: int,
+    second: int,
+    m: int,
+    rows_first: bool,
 ) -> Tensor:
-    """channels (r, P, M), decoder (r, t²), bias (m,) → y (first, second, m), which is (B, n, m) or (n, B, m)."""
-    y = channels.new_empty(first, second, m)
-    decode(channels, decoder.contiguous(), sample_view(y, rows_first), tile_of(decoder), bias)
+    """channels (r, P, M), decoder (r, t²), bias (m,) → y (first, second, m), which is (B, n, m) or (n, B, m), with the
+    residual of y's shape and any precision added before y is rounded to the higher precision of the two."""
+    y = channels.new_empty(first, second, m, dtype=_sum_dtype(channels, residual))
+    other = None if residual is None else sample_view(residual, rows_first)
+    decode(channels, decoder.contiguous(), sample_view(y, rows_first), tile_of(decoder), bias, other)
     return y
 
 
 @_decode.register_fake
-def _(channels, decoder, bias, first, second, m, rows_first):
-    return channels.new_empty(first, second, m)
+def _(channels, decoder, bias, residual, first, second, m, rows_first):
+    return channels.new_empty(first, second, m, dtype=_sum_dtype(channels, residual))
+
+
+def _sum_dtype(channels: Tensor, residual: Tensor | None) -> torch.dtype:
+    return channels.dtype if residual is None else torch.promote_types(channels.dtype, residual.dtype)
 
 
 @torch.library.custom_op("stl::decode_backward", mutates_args=())
@@ -145,22 +173,24 @@ def _(gradient, channels, decoder, bias, rows_first):
     tile = tile_of(decoder)
     P, M = rows_of_tiles(gradient.shape, tile, rows_first), -(-gradient.shape[2] // tile)
     return (
-        gradient.new_empty(decoder.shape[0], P, M),
-        gradient.new_empty(0 if channels is None else decoder.shape),
-        gradient.new_empty(gradient.shape[2] if bias else 0),
+        decoder.new_empty(decoder.shape[0], P, M),
+        decoder.new_empty(0 if channels is None else decoder.shape),
+        decoder.new_empty(gradient.shape[2] if bias else 0),
     )
 
 
 def _keep_channels(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    channels, decoder, bias, *_, ctx.rows_first = inputs
+    channels, decoder, bias, residual, *_, ctx.rows_first = inputs
     ctx.has_bias = bias is not None
+    ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(channels if ctx.needs_input_grad[1] else None, decoder)
 
 
 def _differentiate_decode(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     bias = ctx.has_bias and ctx.needs_input_grad[2]
     gradients = torch.ops.stl.decode_backward(gradient, *ctx.saved_tensors, bias, ctx.rows_first)
-    return *wanted(gradients, (*ctx.needs_input_grad[:2], bias)), None, None, None, None
+    dresidual = gradient.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None  # the same numbers
+    return *wanted(gradients, (*ctx.needs_input_grad[:2], bias)), dresidual, None, None, None, None
 
 
 _decode.register_autograd(_differentiate_decode, setup_context=_keep_channels)

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from stl.kernels.hidden import Coded, hidden, hidden_gradient
-from stl.kernels.linear import as_autocast, as_samples, encode_gemm_macs, tile_of, wanted
+from stl.kernels.linear import Layer, added, as_autocast, as_samples, encode_gemm_macs, tile_of, wanted
+from stl.kernels.norm import norm_encode_gemm
 from stl.kernels.tiles import Tiling
-
-Layer = tuple[Tensor, Tensor, Tensor, Tensor | None]  # weight, encoder, decoder, bias
+from stl.normalisation import Norm
 
 
 def mlp(
@@ -26,20 +26,28 @@ def mlp(
     row_axis: str,
     hidden_features: int,
     out_features: int,
+    norm: Norm | None,
+    residual: Tensor | None,
 ) -> Tensor:
-    """second(activation(first(x))), or second(activation(first(x))·up(x)), by kernels."""
+    """second(activation(first(x))), or second(activation(first(x))·up(x)), by kernels.
+
+    With a norm, of norm(x); with a residual, that is added.
+    """
     samples, rows_first = as_samples(x, row_axis)
 
     def coded(layer: Layer) -> Coded:
-        inputs, weight, encoder, decoder, bias = as_autocast(samples, *layer)
+        weight, encoder, decoder, bias = as_autocast(samples, *layer)
+        if norm is not None:
+            return Coded(norm_encode_gemm(samples, norm, weight, encoder, rows_first), decoder, bias)
+        inputs = as_autocast(samples, samples)[0]
         return Coded(torch.ops.stl.encode_gemm(inputs, weight, encoder, rows_first), decoder, bias)
 
     before = (*coded(first), *(Coded(None, None, None) if up is None else coded(up)))  # type: ignore[arg-type]
-    _, weight, encoder, decoder, bias = as_autocast(samples, *second)
+    weight, encoder, decoder, bias = as_autocast(samples, *second)
     sizes = samples.shape[:2]
     count, n = sizes[::-1] if rows_first else sizes
     channels = torch.ops.stl.hidden_gemm(*before, encoder, weight, activation, count, n, hidden_features)
-    y = torch.ops.stl.decode(channels, decoder, bias, *sizes, out_features, rows_first)
+    y = torch.ops.stl.decode(channels, decoder, bias, added(residual, row_axis), *sizes, out_features, rows_first)
     return y.view(*x.shape[:-1], out_features)
 
 

@@ -13,7 +13,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from stl.kernels.linear import as_autocast, as_samples, encode_gemm_macs, rows_of_tiles, sample_view, tile_of, wanted
+from stl.kernels.linear import (
+    Layer,
+    added,
+    as_autocast,
+    as_samples,
+    encode_gemm_macs,
+    rows_of_tiles,
+    sample_view,
+    tile_of,
+    wanted,
+)
 from stl.kernels.tiles import (
     PROGRAMS,
     Grid,
@@ -29,25 +39,25 @@ from stl.kernels.tiles import (
     store_product,
     tile_places,
 )
+from stl.normalisation import Norm
 
 
 def norm_linear(
-    x: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
-    eps: float,
-    centre: bool,
-    layer: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    row_axis: str,
-    out_features: int,
+    x: Tensor, norm: Norm, layer: Layer, row_axis: str, out_features: int, residual: Tensor | None
 ) -> Tensor:
-    """LayerNorm, or RMSNorm where not `centre`, then the layer of (weight, encoder, decoder, bias). The normalisation
-    computes in float32 with what it is given; autocast is for the layer."""
+    """norm, then the layer, with the residual added."""
     samples, rows_first = as_samples(x, row_axis)
-    _, weight, encoder, decoder, bias = as_autocast(samples, *layer)
-    channels = torch.ops.stl.norm_encode_gemm(samples, gain, shift, weight, encoder, eps, centre, rows_first)
-    y = torch.ops.stl.decode(channels, decoder, bias, *samples.shape[:2], out_features, rows_first)
+    weight, encoder, decoder, bias = as_autocast(samples, *layer)
+    channels = norm_encode_gemm(samples, norm, weight, encoder, rows_first)
+    sizes = samples.shape[:2]
+    y = torch.ops.stl.decode(channels, decoder, bias, added(residual, row_axis), *sizes, out_features, rows_first)
     return y.view(*x.shape[:-1], out_features)
+
+
+def norm_encode_gemm(samples: Tensor, norm: Norm, weight: Tensor, encoder: Tensor, rows_first: bool) -> Tensor:
+    """The normalisation computes in float32 with what it is given, whatever autocast makes of the layer's weights."""
+    eps = torch.finfo(samples.dtype).eps if norm.eps is None else norm.eps
+    return torch.ops.stl.norm_encode_gemm(samples, norm.gain, norm.shift, weight, encoder, eps, norm.centre, rows_first)
 
 
 @triton.jit

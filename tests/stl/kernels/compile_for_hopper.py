@@ -62,8 +62,8 @@ def main(tile: int, rank: int, name: str, dtype: torch.dtype) -> None:
     x, gain, shift, bias = (torch.ones(*size, width, dtype=dtype).requires_grad_() for size in ((2, 16), (), (), ()))
     weight = torch.ones(rank, 128, 128, dtype=dtype).requires_grad_()
     layer = (weight, encoder, decoder, bias)
-    for up in (None, layer):
-        mlp.mlp(x, layer, up, layer, "gelu", "tokens", width, width).sum().backward()
+    for up, residual in ((None, None), (layer, x.detach().float())):  # as under autocast
+        mlp.mlp(x, layer, up, layer, "gelu", "tokens", width, width, None, residual).sum().backward()
     torch.ops.stl.norm_encode_gemm(x, gain, shift, weight, encoder, 1e-6, True, False).sum().backward()
 
 

@@ -142,7 +142,7 @@ def test_the_operators_keep_the_rules_of_pytorch():
     channels = torch.ops.stl.encode_gemm(x, weight, encoder, False).detach()
     for own in (bias, None):
         arguments = [tensor if tensor is None else tensor.requires_grad_() for tensor in (channels, decoder, own)]
-        torch.library.opcheck(torch.ops.stl.decode, (*arguments, 2, 5, 6, False))
+        torch.library.opcheck(torch.ops.stl.decode, (*arguments, None, 2, 5, 6, False))
 
 
 def test_compiles_without_graph_breaks_and_exports():
