@@ -7,6 +7,7 @@ MatMul in DNNs", arXiv 2503.12211.
 from stl import bases as bases  # registers the families
 from stl.attention import STLMultiheadAttention
 from stl.basis import Basis, get_basis, list_bases, register_basis
+from stl.blocks import STLBlock, fuse_blocks
 from stl.convert import ConversionReport, convert
 from stl.errors import SettingError
 from stl.flops import FlopReport, count_flops
@@ -20,12 +21,14 @@ __all__ = [
     "Basis",
     "ConversionReport",
     "FlopReport",
+    "STLBlock",
     "STLLinear",
     "STLMultiheadAttention",
     "STLNormLinear",
     "SettingError",
     "convert",
     "count_flops",
+    "fuse_blocks",
     "fuse_mlps",
     "get_basis",
     "list_bases",

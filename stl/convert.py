@@ -14,8 +14,7 @@ from stl.calibration import LayerCalibration, calibrate
 from stl.errors import SettingError
 from stl.functional import ROW_AXES
 from stl.linear import STLLinear
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from stl.tracing import HOOKS
 
 Patterns = str | Sequence[str] | None
 
@@ -189,7 +188,7 @@ def _reasons_to_stay(model: nn.Module) -> dict[nn.Module, str]:
                 reasons[module] = "its weight is parametrized"
             elif any("forward" in vars(m) for m in module.modules()):
                 reasons[module] = "its forward was replaced"
-            elif any(getattr(m, hooks) for m in module.modules() for hooks in _HOOKS):
+            elif any(getattr(m, hooks) for m in module.modules() for hooks in HOOKS):
                 reasons[module] = "it has hooks, which would be lost"
     return reasons
 

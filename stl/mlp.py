@@ -63,7 +63,7 @@ class STLMLP(nn.Module):
             self.add_module(name, layer)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
-        check_residual(residual, x, self.layers[-1].out_features)
+        check_residual(residual, x, self.out_features)
         if self.dropout and self.training:
             y = F.dropout(self._compute(x, None, norm), self.dropout)
             return y if residual is None else y + residual
@@ -109,6 +109,10 @@ class STLMLP(nn.Module):
     def layers(self) -> list[STLLinear]:
         """first, up where the MLP is gated, second."""
         return [getattr(self, name) for name in self.names]
+
+    @property
+    def out_features(self) -> int:
+        return self.layers[-1].out_features
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, dropout={self.dropout}"
