@@ -6,9 +6,9 @@
 
 An MLP is samples,tokens,width,hidden: linear, GELU, linear. An attention block is samples,tokens,width,heads:
 LayerNorm, queries, keys and values, softmax attention, projection, residual. STL comes by each backend; with the
-kernels also with the two layers of an MLP fused. On a GPU all come as they are and under torch.compile. Each is
-checked, output and in training gradients, against the same block in higher precision by the reference, before it
-is timed. The file is rewritten after every pass of a block.
+kernels also fused: the two layers of an MLP; norm and addition with the layers beside them. On a GPU all come as they
+are and under torch.compile. Each is checked, output and in training gradients, against the same block in higher
+precision by the reference, before it is timed. The file is rewritten after every pass of a block.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models.callbacks import write_json
 from models.t2t_vit import Attention, Linear, Mlp
-from stl import SettingError, STLLinear, count_flops, fuse_mlps
+from stl import SettingError, STLLinear, count_flops, fuse_blocks
 
 MLPS = ["256,200,256,512", "256,200,384,1152", "256,200,768,3072", "8,2048,2048,5632", "8,2048,4096,11008"]
 ATTENTIONS = ["256,197,256,4", "256,197,384,6", "256,197,768,12"]
@@ -76,13 +76,13 @@ class Block:
 
 
 def variants(name: str, module: nn.Module, backends: list[str]) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
-    """The STL block by each backend, with what its rows say of it; by the kernels also with its MLP fused, if it has
-    one: the reference computes a fused MLP layer by layer."""
+    """The STL block by each backend, with what its rows say of it; by the kernels also fused: the reference computes
+    layer by layer what is fused."""
     for backend in backends:
         plain, fused = (copy.deepcopy(module) for _ in range(2))
         set_backend(plain, backend)
         yield f"{name}, {backend}", plain, {"backend": backend, "fused": False}
-        if backend != "torch" and fuse_mlps(fused):
+        if backend != "torch" and fuse_blocks(fused):
             set_backend(fused, backend)
             yield f"{name}, {backend}, fused", fused, {"backend": backend, "fused": True}
 
