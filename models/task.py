@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from models.compiling import compile_model, overwrites_gradients
 from models.sharding import shard
-from stl import SettingError, fuse_blocks
+from stl import SettingError, fuse_mlps
 
 
 class ClassificationTask(pl.LightningModule):
@@ -44,7 +44,7 @@ class ClassificationTask(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        fuse_blocks(self.model)  # the names of its parameters stay
+        fuse_mlps(self.model)  # the names of its parameters stay
         self.compile_mode = compile_mode
         compile_model(self.model, compile_mode)
         self.label_smoothing = label_smoothing

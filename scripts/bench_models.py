@@ -4,7 +4,7 @@
     python scripts/bench_models.py --models t2t_vit_14 --ranks 16 24 --backends triton
 
 Measured as throughput.py measures, which see: images a second of inference and of a whole training step, in bf16 with
-CUDA graphs. STL comes by each backend; with the kernels also with its blocks fused. Each model is checked, logits and
+CUDA graphs. STL comes by each backend; with the kernels also with its MLPs fused. Each model is checked, logits and
 gradients, against its reference in float32 before it is timed. What the file has is not measured again.
 """
 

@@ -36,7 +36,7 @@ from models.callbacks import write_json
 from models.compiling import MODES, compile_model
 from models.sharding import shard
 from models.t2t_vit import VARIANTS
-from stl import SettingError, STLLinear, fuse_blocks
+from stl import SettingError, STLLinear, fuse_mlps
 
 CHECKED = 8  # images whose gradients are
 ALLOWED = 2  # times the error of the same model in bf16 by plain PyTorch
@@ -54,7 +54,7 @@ class Case:
     devices: int = 1
     strategy: str | None = None  # with several devices, one of STRATEGIES
     backend: str = "auto"  # of the STL layers
-    fused: bool = False  # by fuse_blocks
+    fused: bool = False  # whether the two layers of an MLP are one STLMLP
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _rates(case: Case, linear: Callable[..., nn.Module], how: How, device: torch
 def arrange(model: nn.Module, case: Case) -> None:
     """Fuse and compute what the case says, in place."""
     if case.fused:
-        fuse_blocks(model)
+        fuse_mlps(model)
     set_backend(model, case.backend)
 
 

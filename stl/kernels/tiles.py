@@ -72,7 +72,7 @@ def divide(tiling: Tiling, block: int, warps: int, programs: int, most_rows: int
     many rows one after the other as leave this number of programs, since what a program has loaded serves all of them
     and what it sums is one share; a power of two, since a kernel is compiled for it.
     """
-    whole = block * 16 // padded(tiling.tile**2)
+    whole = max(16, block * 16 // padded(tiling.tile**2))  # the least that `tl.dot` takes
     size = min(whole if tiling.columns % whole == 0 else max(16, whole // 2), padded(tiling.columns))
     blocks = ceil(tiling.columns / size)
     rows = min(most_rows, 2 ** int(log2(max(1, tiling.rows * blocks // programs))))

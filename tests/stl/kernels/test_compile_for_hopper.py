@@ -4,7 +4,10 @@ from running import program
 SHARED_MEMORY = 227 * 1024  # bytes that a block may take on an H100 or H200
 
 
-@pytest.mark.parametrize("basis", [("4", "49", "strassen", "bfloat16"), ("4", "24", "frame", "float32")])
+BASES = [("4", "49", "strassen", "bfloat16"), ("4", "24", "frame", "float32"), ("8", "64", "hadamard", "bfloat16")]
+
+
+@pytest.mark.parametrize("basis", BASES)
 def test_every_kernel_compiles_for_an_h200_and_spills_nothing(basis):
     env = {"TRITON_INTERPRET": "0", "PYTHONPATH": "."}
     done = program("tests/stl/kernels/compile_for_hopper.py", *basis, env=env, fresh=True)
