@@ -2,9 +2,15 @@
 interpreter."""
 
 import os
+from pathlib import Path
 
 import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
+
+
+def pytest_collection_modifyitems(items):
+    """Those of whole programs, beside this file, first: they take longest, and at the end a worker would be alone."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)

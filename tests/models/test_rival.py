@@ -175,10 +175,14 @@ def test_impossible_settings_are_named(name, settings_, message):
         ("dense_mixer", {"kernel_size": 4, "window": "blocks"}),
     ],
 )
-def test_a_run_trains_says_what_it_was_and_is_evaluated(name, own, tmp_path):
+def test_a_run_trains_and_says_what_it_was(name, own, tmp_path):
     summary = run(tmp_path, *QUICK, f"linear={name}", "logger=csv")
     assert summary["linear"] == {"type": name, "tile": None, "rank": None, "basis": None, **own}
     assert summary["flop_factor"]["core"] == 1.0
+
+
+def test_a_checkpoint_is_evaluated_with_its_own_layers(tmp_path):
+    summary = run(tmp_path, *QUICK, "linear=monarch", "logger=csv")
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         words = ["batch_size=360", "latency.repeats=1", "latency.batch_sizes=[1]", "accelerator=cpu"]
         figures, _ = evaluation.evaluate(compose("eval", [f"ckpt={tmp_path / 'checkpoints' / 'last.ckpt'}", *words]))
