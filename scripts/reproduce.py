@@ -157,6 +157,8 @@ def main() -> None:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        raise SettingError(f"--jobs {arguments.jobs} must be a positive number")
     study = read_study(arguments.table)
     outputs, results = arguments.outputs.resolve() / study.name, arguments.results / study.name
     if arguments.list:

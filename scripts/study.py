@@ -20,8 +20,8 @@ TABLES = Path(__file__).parents[1] / "configs" / "table"
 KEPT = ("summary.json", "metrics.csv", "config.yaml")  # of a run, beside the table
 # Settings that say where and how fast a run is, not what it is.
 OF_THE_MACHINE = re.compile(
-    r"[+~]*(data\.(root|download|num_workers|device_batch_size|eval_batch_size)|compile|num_threads|logger|"
-    r"trainer\.(devices|num_nodes|accelerator)|callbacks\..*)="
+    r"[+~]*(data\.(root|download|cache|num_workers|device_batch_size|eval_batch_size)|compile|num_threads|logger|"
+    r"trainer\.(devices|num_nodes|accelerator)|callbacks\.(progress_bar|checkpoint)(\..*)?)="
 )
 
 

@@ -109,6 +109,8 @@ def test_a_run_of_other_settings_does_not_count(call, tmp_path):
     assert run.summary(results)["top1"] == 10.0
     assert Run(run.folder, (*run.overrides, "trainer.max_epochs=3")).summary(results) is None
     assert Run(run.folder, (*run.overrides, "data.root=x", "compile=default")).summary(results) is not None
+    assert Run(run.folder, (*run.overrides, "callbacks.progress_bar=null")).summary(results) is not None
+    assert Run(run.folder, (*run.overrides, "callbacks.ema.decay=0.9")).summary(results) is None
 
 
 def test_a_failure_is_named_and_the_others_go_on(call, tmp_path, capsys):
@@ -144,6 +146,8 @@ def test_a_table_that_is_wrong_is_one_line(call, tmp_path, text, message):
 
 
 def test_unknown_names_list_what_there_is(call):
+    with pytest.raises(SettingError, match="--jobs 0 must be a positive number"):
+        call("--jobs", "0")
     with pytest.raises(SettingError, match="matches no row; there are first/dense-lr-1"):
         call("--only", "nothing")
     with pytest.raises(SettingError, match=r"--table none is unknown; there are .*vit"):
