@@ -54,6 +54,7 @@ def convert(
     from_dense: bool = False,
     row_axis: str = "tokens",
     train_basis: bool = True,
+    start: str = "independent",
     calibration: Iterable[Any] | None = None,
     calibrate_basis: bool = False,
 ) -> ConversionReport:
@@ -63,7 +64,7 @@ def convert(
         include, exclude: shell-style patterns of layer names ("blocks.*.mlp.*"), one or several; a layer is swapped
             where it matches some `include` (all, by default) and no `exclude`. All names of a shared layer count.
         from_dense: start from the trained weights, encoded; otherwise from a fresh draw, for training from scratch.
-        row_axis, train_basis: as in `STLLinear`. Layers that PyTorch's transformer feeds (tokens, batch, features)
+        row_axis, train_basis, start: as in `STLLinear`. Layers that PyTorch's transformer feeds (tokens, batch, features)
             get the axis that means the same there.
         calibration: with `from_dense`, a few batches of inputs as the model will see them, in a list or any other
             series: tensors, tuples that start with one (inputs, labels), or dicts of keyword arguments; all are kept in
@@ -96,7 +97,7 @@ def convert(
         )
     if calibrate_basis and calibration is None:
         raise SettingError("calibrate_basis=True needs data to fit to; pass calibration=batches as well")
-    settings = {"tile": tile, "rank": rank, "basis": basis, "train_basis": train_basis}
+    settings = {"tile": tile, "rank": rank, "basis": basis, "train_basis": train_basis, "start": start}
     if isinstance(model, nn.Linear | nn.MultiheadAttention):
         raise SettingError("convert swaps layers inside a model; for a single layer use STLLinear.from_linear(layer)")
     places = list(_places(model))

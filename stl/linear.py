@@ -11,6 +11,7 @@ from stl.errors import SettingError
 from stl.functional import ROW_AXES, check_residual, encode_weight, stl_linear
 
 SPEC_BYTES = 96
+STARTS = ("independent", "dense")
 
 
 class STLLinear(nn.Module):
@@ -25,8 +26,8 @@ class STLLinear(nn.Module):
       sample is then one token, alone in its tile, so that samples never mix.
     - `row_axis="batch"`: t samples along axis 0 at the same position; nothing passes between positions.
 
-    With `train_basis=False` encoder and decoder are buffers and stay as they are. The attribute `backend`, "auto", says
-    what computes it, as in `stl_linear`.
+    With `train_basis=False` encoder and decoder are buffers and stay as they are. `start` says how encoded weights are
+    drawn, see `reset_parameters`. The attribute `backend`, "auto", says what computes it, as in `stl_linear`.
     Raises SettingError where no such basis exists or a size is not positive.
     """
 
@@ -48,6 +49,7 @@ class STLLinear(nn.Module):
         basis: str = "hadamard",
         row_axis: str = "tokens",
         train_basis: bool = True,
+        start: str = "independent",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -56,9 +58,11 @@ class STLLinear(nn.Module):
             raise SettingError(f"in_features={in_features} out_features={out_features} must both be positive")
         if row_axis not in ROW_AXES:
             raise SettingError(f"row_axis={row_axis!r} is unknown; choose one of {', '.join(ROW_AXES)}")
+        if start not in STARTS:
+            raise SettingError(f"start={start!r} is unknown; choose one of {', '.join(STARTS)}")
         matrices = get_basis(basis, tile, rank)
         self.in_features, self.out_features = in_features, out_features
-        self.tile, self.rank, self.basis, self.row_axis = tile, rank, basis, row_axis
+        self.tile, self.rank, self.basis, self.row_axis, self.start = tile, rank, basis, row_axis, start
         like = torch.empty(0, device=device, dtype=dtype)
         self.weight = nn.Parameter(like.new_empty(rank, math.ceil(in_features / tile), math.ceil(out_features / tile)))
         for role, matrix in (("encoder", matrices.encode_x), ("decoder", matrices.decode)):
@@ -78,15 +82,22 @@ class STLLinear(nn.Module):
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw the weight so that the output has the variance of a dense layer drawn with this standard deviation.
 
-        `std` defaults to that of `torch.nn.Linear`, √(1/3k). A channel's GEMM sums over k/t encoded values only, so
-        the encoded weight starts with t³ / Σ_q |encode_x_q|²·|decode_q|² times the dense variance: t times for an
-        orthonormal basis of rank t². Encoder and decoder go back to the basis, the bias to zero.
+        `std` defaults to that of `torch.nn.Linear`, √(1/3k). Encoder and decoder go back to the basis, the bias to zero.
+        With start="independent" each encoded number is drawn by itself. A channel's GEMM sums over k/t encoded values
+        only, so it has t³ / Σ_q |encode_x_q|²·|decode_q|² times the dense variance: t times for an orthonormal basis of
+        rank t². With start="dense" a dense weight is drawn and encoded, and scaled by t³ / (t³ − ‖T − T̂‖²), the share
+        that a least-squares encode_w leaves of it: tokens of a tile then begin as little mixed as the basis allows.
         """
         matrices = self._reset_basis()
         std = (1 / (3 * self.in_features)) ** 0.5 if std is None else std
-        energy = (matrices.encode_x.square().sum(1) * matrices.decode.square().sum(1)).sum().item()
         with torch.no_grad():
-            self.weight.normal_(std=std * (self.tile**3 / energy) ** 0.5)
+            if self.start == "dense":
+                dense = self.weight.new_empty(self.in_features, self.out_features).normal_(std=std)
+                encoded = encode_weight(dense.double(), matrices.encode_w.to(dense.device))
+                self.weight.copy_(encoded / (1 - matrices.error) ** 0.5)
+            else:
+                energy = (matrices.encode_x.square().sum(1) * matrices.decode.square().sum(1)).sum().item()
+                self.weight.normal_(std=std * (self.tile**3 / energy) ** 0.5)
             if self.bias is not None:
                 self.bias.zero_()
 

@@ -83,7 +83,7 @@ def decode_gradient(gradient: Tensor, encoder: Tensor, x: Tensor, dx: Tensor, ti
 def _launch(
     channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor | None, x: Tensor | None, again: bool
 ) -> Tensor | None:
-    rank, tiling, dtype = len(matrix), Tiling(y.shape[0], y.shape[1], y.shape[2], tile), channels.dtype
+    rank, tiling, dtype = len(matrix), Tiling.of(y, tile, channels.shape[2]), channels.dtype
     if again:
         grid = divide_for_sums(tiling, dtype, rank)
     else:

@@ -55,10 +55,10 @@ def _encode(
         store_column_sums(total, sums, chunk, j, k, T, TT)
 
 
-def encode(x: Tensor, matrix: Tensor, tile: int) -> Tensor:
-    """x (B, n, k), any strides, and matrix (r, t²) → channels (r, P, K)."""
-    tiling = Tiling(x.shape[0], x.shape[1], x.shape[2], tile)
-    channels = x.new_empty(len(matrix), tiling.rows, tiling.columns)
+def encode(x: Tensor, matrix: Tensor, tile: int, columns: int) -> Tensor:
+    """x (B, n, k), any strides, and matrix (r, t²) → channels (r, P, K) with K = `columns`, zeros from ⌈k/t⌉ on."""
+    tiling = Tiling.of(x, tile, columns)
+    channels = x.new_empty(len(matrix), tiling.rows, columns)
     _launch(x, tiling, matrix, channels, None, False)
     return channels
 
@@ -72,7 +72,7 @@ def encode_gradient(
     that of the decoder, float32 (r, t²), where the decoded `channels` (r, P, M) are given; that of the bias, float32
     (m,), where it is asked for.
     """
-    tiling = Tiling(gradient.shape[0], gradient.shape[1], gradient.shape[2], tile)
+    tiling = Tiling.of(gradient, tile)
     dchannels = decoder.new_empty(len(decoder), tiling.rows, tiling.columns)
     return dchannels, *_launch(gradient, tiling, decoder, dchannels, channels, bias)
 

@@ -7,11 +7,13 @@ anyway, and the channels between the two, which the gradient of the decoder need
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from stl.kernels.decode import decode, decode_gradient
 from stl.kernels.encode import encode, encode_gradient
+from stl.kernels.weight_gradient import weight_gradient
 from stl.precision import autocast_dtype
 
 Layer = tuple[Tensor, Tensor, Tensor, Tensor | None]  # weight, encoder, decoder, bias
@@ -30,7 +32,7 @@ def linear(
     """`stl.functional.stl_linear` by kernels, for arguments that it has checked."""
     samples, rows_first = as_samples(x, row_axis)
     samples, weight, encoder, decoder, bias = as_autocast(samples, samples, weight, encoder, decoder, bias)
-    channels = torch.ops.stl.encode_gemm(samples, weight, encoder, rows_first)
+    channels = encode_gemm(samples, weight, encoder, rows_first)
     sizes = samples.shape[:2]
     y = torch.ops.stl.decode(channels, decoder, bias, added(residual, row_axis), *sizes, out_features, rows_first)
     return y.view(*x.shape[:-1], out_features)
@@ -67,10 +69,21 @@ def sample_view(x: Tensor, rows_first: bool) -> Tensor:
 # --- encode and multiply -----------------------------------------------------------------------------------------
 
 
+def encode_gemm(x: Tensor, weight: Tensor, encoder: Tensor, rows_first: bool) -> Tensor:
+    """`stl::encode_gemm` with rows of zeros added to the weight, where few make each row of the encoded input a
+    multiple of 16 bytes: GEMMs of other rows take several times as long."""
+    more = -weight.shape[1] % (16 // weight.element_size())
+    if 0 < 4 * more <= weight.shape[1]:
+        weight = F.pad(weight, (0, 0, 0, more))
+    return torch.ops.stl.encode_gemm(x, weight, encoder, rows_first)
+
+
 @torch.library.custom_op("stl::encode_gemm", mutates_args=())
 def _encode_gemm(x: Tensor, weight: Tensor, encoder: Tensor, rows_first: bool) -> Tensor:
-    """x (B, n, k), or (n, B, k) where `rows_first`; weight (r, K, M); encoder (r, t²) → channels (r, P, M)."""
-    return torch.bmm(encode(sample_view(x, rows_first), encoder.contiguous(), tile_of(encoder)), weight)
+    """x (B, n, k), or (n, B, k) where `rows_first`; encoder (r, t²); weight (r, K, M), whose rows from ⌈k/t⌉ on meet
+    tiles of zeros → channels (r, P, M)."""
+    encoded = encode(sample_view(x, rows_first), encoder.contiguous(), tile_of(encoder), weight.shape[1])
+    return torch.bmm(encoded, weight)
 
 
 @_encode_gemm.register_fake
@@ -92,7 +105,7 @@ def _encode_gemm_backward(
         sample_view(dx, rows_first),
         tile_of(encoder),
     )
-    return dx, torch.bmm(channels.mT, gradient), dencoder.to(x.dtype)
+    return dx, weight_gradient(channels, gradient), dencoder.to(x.dtype)
 
 
 @_encode_gemm_backward.register_fake
@@ -115,14 +128,20 @@ _encode_gemm.register_autograd(_differentiate_encode_gemm, setup_context=_keep_i
 
 @register_flop_formula(torch.ops.stl.encode_gemm)
 def _(x, weight, encoder, rows_first, **_) -> int:
-    coded, core = encode_gemm_macs(rows_of_tiles(x, round(encoder[1] ** 0.5), rows_first), weight, encoder)
+    tile = round(encoder[1] ** 0.5)
+    coded, core = encode_gemm_macs(rows_of_tiles(x, tile, rows_first), _needed(x, weight, tile), encoder)
     return 2 * (coded + core)
 
 
 @register_flop_formula(torch.ops.stl.encode_gemm_backward)
 def _(gradient, x, weight, encoder, rows_first, **_) -> int:
-    coded, core = encode_gemm_macs(gradient[1], weight, encoder)
+    coded, core = encode_gemm_macs(gradient[1], _needed(x, weight, round(encoder[1] ** 0.5)), encoder)
     return 2 * (3 * coded + 2 * core)
+
+
+def _needed(x: Any, weight: Any, tile: int) -> tuple[int, int, int]:
+    """The shape of the weight without rows that are there for alignment alone."""
+    return weight[0], -(-x[2] // tile), weight[2]
 
 
 # --- decode ------------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from stl.kernels.hidden import Coded, hidden, hidden_gradient
-from stl.kernels.linear import Layer, added, as_autocast, as_samples, encode_gemm_macs, tile_of, wanted
+from stl.kernels.linear import Layer, added, as_autocast, as_samples, encode_gemm, encode_gemm_macs, tile_of, wanted
 from stl.kernels.norm import norm_encode_gemm
 from stl.kernels.tiles import Tiling
+from stl.kernels.weight_gradient import weight_gradient
 from stl.normalisation import Norm
 
 
@@ -40,7 +41,7 @@ def mlp(
         if norm is not None:
             return Coded(norm_encode_gemm(samples, norm, weight, encoder, rows_first), decoder, bias)
         inputs = as_autocast(samples, samples)[0]
-        return Coded(torch.ops.stl.encode_gemm(inputs, weight, encoder, rows_first), decoder, bias)
+        return Coded(encode_gemm(inputs, weight, encoder, rows_first), decoder, bias)
 
     before = (*coded(first), *(Coded(None, None, None) if up is None else coded(up)))  # type: ignore[arg-type]
     weight, encoder, decoder, bias = as_autocast(samples, *second)
@@ -69,7 +70,7 @@ def _hidden_gemm(
     """channels (r, P, M) of (samples, n, m), with their decoder (r, t²) and bias (m,), and of a gated MLP the same of
     its other layer; encoder (r', t²) and weight (r', M, J) of the last layer → channels (r', P, J)."""
     before = _before(channels, decoder, bias, up, up_decoder, up_bias)
-    tiling = Tiling(samples, n, m, tile_of(decoder))
+    tiling = Tiling(samples, n, m, tile_of(decoder), channels.shape[2])
     return torch.bmm(hidden(*before, encoder.contiguous(), activation, tiling), weight)
 
 
@@ -97,11 +98,11 @@ def _hidden_gemm_backward(
     """Gradients of the first eight arguments of `stl::hidden_gemm`; empty where there is none."""
     inner = torch.bmm(gradient, weight.mT)
     before = _before(channels, decoder, bias, up, up_decoder, up_bias)
-    tiling = Tiling(samples, n, m, tile_of(decoder))
+    tiling = Tiling(samples, n, m, tile_of(decoder), channels.shape[2])
     dfirst, dup, dencoder = hidden_gradient(*before, encoder.contiguous(), inner, activation, tiling)
     gradients = (*dfirst, *(dup or (None,) * 3), dencoder)
     small = (channels.new_empty(0) if one is None else one.to(channels.dtype) for one in gradients)
-    return *small, torch.bmm(inner.mT, gradient)  # type: ignore[return-value]
+    return *small, weight_gradient(inner, gradient)  # type: ignore[return-value]
 
 
 @_hidden_gemm_backward.register_fake

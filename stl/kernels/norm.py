@@ -39,6 +39,7 @@ from stl.kernels.tiles import (
     store_product,
     tile_places,
 )
+from stl.kernels.weight_gradient import weight_gradient
 from stl.normalisation import Norm
 
 
@@ -160,7 +161,7 @@ def _norm_encode_gemm(
     """x (B, n, k), or (n, B, k) where `rows_first`, of any precision; gain and shift (k,); weight (r, K, M); encoder
     (r, t²) → channels (r, P, M) of (x − μ)/σ·gain + shift, of x/√(mean x²)·gain where not `centre`."""
     samples, tile = sample_view(x, rows_first), tile_of(encoder)
-    tiling = Tiling(samples.shape[0], samples.shape[1], samples.shape[2], tile)
+    tiling = Tiling.of(samples, tile)
     channels = weight.new_empty(len(encoder), tiling.rows, tiling.columns)
     if channels.numel():
         with torch.cuda.device_of(x):
@@ -190,7 +191,7 @@ def _norm_encode_gemm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gain, shift (empty where there is none), weight and encoder."""
     samples, tile = sample_view(x, rows_first), tile_of(encoder)
-    tiling = Tiling(samples.shape[0], samples.shape[1], samples.shape[2], tile)
+    tiling = Tiling.of(samples, tile)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dsamples = sample_view(dx, rows_first)
     channels = torch.bmm(gradient, weight.mT)
@@ -209,7 +210,7 @@ def _norm_encode_gemm_backward(
         dx,
         dgain.sum(0).to(gain.dtype),
         gain.new_empty(0) if dshift is None else dshift.sum(0).to(gain.dtype),
-        torch.bmm(channels.mT, gradient),
+        weight_gradient(channels, gradient),
         products.sum(0).to(encoder.dtype),
     )
 
@@ -250,7 +251,7 @@ def _(gradient, x, gain, shift, weight, encoder, *_, **__) -> int:
 def _grid(tiling: Tiling, most_rows: int) -> Grid:
     """Whole rows of tiles for each program."""
     columns = padded(tiling.columns)
-    rows = divide(tiling._replace(k=columns * tiling.tile), columns, 1, PROGRAMS, most_rows).rows
+    rows = divide(tiling._replace(columns=columns), columns, 1, PROGRAMS, most_rows).rows
     return Grid(columns, rows, 4 if tiling.columns <= 64 else 8, 1, ceil(tiling.rows / rows))
 
 

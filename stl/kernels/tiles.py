@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Programs of a launch. Where each leaves sums behind, those of one warp that a GPU of 132 multiprocessors holds at
 # once; else a few times what it holds.
@@ -19,22 +20,23 @@ PROGRAMS, MANY_PROGRAMS = 1408, 3200
 
 
 class Tiling(NamedTuple):
-    """The tiles of a matrix (samples, n, k)."""
+    """The tiles of a matrix (samples, n, k): `columns`, or K, in a row of tiles, those from ⌈k/t⌉ on empty."""
 
     samples: int
     n: int
     k: int
     tile: int
+    columns: int
+
+    @classmethod
+    def of(cls, x: Tensor, tile: int, columns: int | None = None) -> "Tiling":
+        samples, n, k = x.shape
+        return cls(samples, n, k, tile, ceil(k / tile) if columns is None else columns)
 
     @property
     def rows(self) -> int:
         """P, rows of tiles in all samples."""
         return self.samples * ceil(self.n / self.tile)
-
-    @property
-    def columns(self) -> int:
-        """K, tiles in a row of tiles."""
-        return ceil(self.k / self.tile)
 
     def sizes(self) -> tuple[int, ...]:
         """What the kernels take: n, k, N, P and K."""
@@ -98,7 +100,7 @@ def constants(tiling: Tiling, rank: int, dtype: torch.dtype, grid: Grid) -> dict
         "PRECISION": precision(dtype),
         "FULL": (
             tiling.n % tiling.tile == 0 and tiling.rows % grid.rows == 0,
-            tiling.k % tiling.tile == 0 and entries == padded(entries),
+            tiling.k == tiling.columns * tiling.tile and entries == padded(entries),
             tiling.columns % grid.block == 0,
         ),
         "num_warps": grid.warps,

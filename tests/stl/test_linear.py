@@ -108,17 +108,29 @@ def test_load_dense_refuses_another_shape():
     ],
 )
 @pytest.mark.parametrize("std", [None, 0.02])
-def test_a_fresh_layer_gives_the_variance_of_a_dense_one(choice, std):
+@pytest.mark.parametrize("start", ["independent", "dense"])
+def test_a_fresh_layer_gives_the_variance_of_a_dense_one(choice, std, start):
     name, tile, rank = choice
     k = 512
     torch.manual_seed(1)
-    made = STLLinear(k, 512, basis=name, tile=tile, rank=rank)
+    made = STLLinear(k, 512, basis=name, tile=tile, rank=rank, start=start)
     if std is not None:
         made.reset_parameters(std)
     with torch.no_grad():
         variance = made(gaussian(2, 256, k, dtype=torch.float32)).var().item()
     dense_variance = 1 / (3 * k) if std is None else std**2
     assert variance == pytest.approx(k * dense_variance, rel=0.03)
+
+
+def test_a_dense_start_in_the_hadamard_basis_mixes_no_tokens():
+    """All four token frequencies of a feature frequency begin with the same weight."""
+    x = gaussian(1, 4, 64, dtype=torch.float32)
+    with torch.no_grad():
+        mixing, alone = (STLLinear(64, 64, start=start, bias=False) for start in ("independent", "dense"))
+        changed = x.clone()
+        changed[:, 1] += 1
+        assert not torch.equal(mixing(changed)[:, 0], mixing(x)[:, 0])
+        torch.testing.assert_close(alone(changed)[:, [0, 2, 3]], alone(x)[:, [0, 2, 3]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
