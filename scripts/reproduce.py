@@ -18,15 +18,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 from benchmarking import run_main
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from study import KEPT, Run, Section, Study, read_study
+from study import KEPT, Run, Section, chosen, read_study
 from study_report import write_report
 
 from stl import SettingError
@@ -127,22 +125,6 @@ def _start(run: Run, machine: list[str], outputs: Path) -> subprocess.Popen[byte
 def _last_line(folder: Path) -> str:
     lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "it wrote nothing"
-
-
-def chosen(study: Study, patterns: list[str]) -> list[Section]:
-    """The sections and of them the rows that match; raises SettingError for a pattern that matches nothing."""
-    if not patterns:
-        return [section for section in study.sections if not section.by_hand]
-    found = []
-    for section in study.sections:
-        rows = [row for row in section.rows if any(fnmatch(row.folder, pattern) for pattern in patterns)]
-        if rows:
-            found.append(replace(section, rows=tuple(rows)))
-    folders = [row.folder for row in study.rows]
-    for pattern in patterns:
-        if not any(fnmatch(folder, pattern) for folder in folders):
-            raise SettingError(f"--only {pattern} matches no row; there are {', '.join(folders)}")
-    return found
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ import csv
 import itertools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ from omegaconf import OmegaConf
 
 from stl import SettingError
 
-TABLES = Path(__file__).parents[1] / "configs" / "table"
+CONFIGS = Path(__file__).parents[1] / "configs"
+TABLES = CONFIGS / "table"
+SPEED = "speed.json"  # of its models on one machine, beside the table
 KEPT = ("summary.json", "metrics.csv", "config.yaml")  # of a run, beside the table
 # Settings that say where and how fast a run is, not what it is.
 OF_THE_MACHINE = re.compile(
     r"[+~]*(data\.(root|download|cache|num_workers|device_batch_size|eval_batch_size)|compile|num_threads|logger|"
     r"trainer\.(devices|num_nodes|accelerator)|callbacks\.(progress_bar|checkpoint)(\..*)?)="
 )
+# Settings that say what is computed in a step, not how it is learnt.
+OF_THE_MODEL = re.compile(r"[+~]*(experiment|model|linear|data|data\.(image_size|batch_size))([.].*)?=")
+LEARNT = re.compile(r"linear\.start=|model\.token_order=")
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,11 @@ def settings(overrides: Any) -> list[str]:
     return sorted(word for word in overrides if not OF_THE_MACHINE.match(word))
 
 
+def model_settings(overrides: Any) -> list[str]:
+    """Of the settings those that say which model it is: rows that have them in common are equally fast."""
+    return [word for word in settings(overrides) if OF_THE_MODEL.match(word) and not LEARNT.match(word)]
+
+
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
@@ -124,3 +135,19 @@ def _rows(section_name: str, section: dict[str, Any], entry: dict[str, Any]) -> 
         runs = [Run(f"{folder}/seed{seed}", (*overrides, f"seed={seed}")) for seed in section["seeds"]]
         rows.append(Row(name, folder, tuple(runs)))
     return rows
+
+
+def chosen(study: Study, patterns: list[str]) -> list[Section]:
+    """The sections and of them the rows that match; raises SettingError for a pattern that matches nothing."""
+    if not patterns:
+        return [section for section in study.sections if not section.by_hand]
+    found = []
+    for section in study.sections:
+        rows = [row for row in section.rows if any(fnmatch(row.folder, pattern) for pattern in patterns)]
+        if rows:
+            found.append(replace(section, rows=tuple(rows)))
+    folders = [row.folder for row in study.rows]
+    for pattern in patterns:
+        if not any(fnmatch(folder, pattern) for folder in folders):
+            raise SettingError(f"--only {pattern} matches no row; there are {', '.join(folders)}")
+    return found

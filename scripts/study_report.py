@@ -3,20 +3,19 @@
 import csv
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from scipy.stats import ttest_rel
-from study import Row, Section, Study
+from study import Section, Study
+from study_plot import plot
+from study_results import Result, read_result, read_speeds
 from tables import table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 COLUMNS = ["row", "top-1 %", "seeds", "against the baseline", "p", "params M", "linear MMACs"]
 COLUMNS += ["× core / linear / total", "epochs"]
+SPEEDS = ["training images/s", "MFU %", "training GiB", "inference ms"]  # where they were measured
+PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}  # bf16, dense; NVIDIA's data sheets
 SAME = [
     "top1",
     "top5",
@@ -28,27 +27,6 @@ SAME = [
     "git_commit",
     "date",
 ]  # as in summaries
-
-
-@dataclass(frozen=True)
-class Result:
-    """A row with the summaries of its runs that have ended, by seed."""
-
-    row: Row
-    summaries: dict[int, dict[str, Any]]
-
-    @property
-    def top1(self) -> list[float]:
-        return [summary["top1"] for summary in self.summaries.values()]
-
-    @property
-    def any(self) -> dict[str, Any]:
-        return next(iter(self.summaries.values()))
-
-
-def read_result(row: Row, results: Path) -> Result:
-    summaries = [run.summary(results) for run in row.runs]
-    return Result(row, {summary["seed"]: summary for summary in summaries if summary})
 
 
 def mean_and_deviation(numbers: Sequence[float]) -> str:
@@ -69,10 +47,25 @@ def against(result: Result, baseline: Result | None) -> tuple[str, str]:
     return f"{difference:+.2f}", "–" if p is None else f"{p:.3f}"
 
 
-def cells(result: Result, baseline: Result | None) -> list[str]:
-    """A line of the table, in the order of COLUMNS."""
+def speed_cells(result: Result) -> list[str]:
+    """In the order of SPEEDS. A training step is three times the products of inference."""
+    if not result.speed:
+        return ["–"] * len(SPEEDS)
+    rate, memory = result.speed["training_images_per_second"], result.speed.get("peak_memory_gib")
+    peak = PEAK_TFLOPS.get(result.speed["gpu"])
+    flops = 3 * 2 * result.any["macs"]["total"] * rate
+    return [
+        f"{rate:.0f}",
+        f"{100 * flops / (1e12 * peak):.1f}" if peak else "–",
+        f"{memory:.1f}" if memory else "–",
+        f"{result.milliseconds:.1f}",
+    ]
+
+
+def cells(result: Result, baseline: Result | None, columns: Sequence[str]) -> list[str]:
+    """A line of the table, in the order of COLUMNS, and SPEEDS where `columns` has them."""
     if not result.summaries:
-        return [result.row.name, "not run", f"0 of {len(result.row.runs)}", *[""] * (len(COLUMNS) - 3)]
+        return [result.row.name, "not run", f"0 of {len(result.row.runs)}", *[""] * (len(columns) - 3)]
     facts = result.any
     factor = facts["flop_factor"]
     return [
@@ -84,6 +77,7 @@ def cells(result: Result, baseline: Result | None) -> list[str]:
         f"{facts['macs']['linear'] / 1e6:.1f}",
         " / ".join(f"{factor[name]:.2f}" for name in ("core", "linear", "total")),
         str(facts["epochs"]),
+        *(speed_cells(result) if len(columns) > len(COLUMNS) else []),
     ]
 
 
@@ -106,17 +100,19 @@ def write_report(study: Study, results: Path) -> list[Path]:
     base = results / study.name
     markdown, latex, lines = [f"# {study.title}"], [], []
     points: list[tuple[str, Result]] = []
-    every = {row.folder: read_result(row, results) for row in study.rows}
+    speeds = read_speeds(results)
+    every = {row.folder: read_result(row, results, speeds) for row in study.rows}
     for section in study.sections:
         rows = [every[row.folder] for row in section.rows]
         baseline = every[section.baseline] if section.baseline else None
-        text = [cells(result, baseline) for result in rows]
-        markdown += [f"## {section.title}", table(COLUMNS, text)]
+        columns = COLUMNS + SPEEDS if any(result.summaries and result.speed for result in rows) else COLUMNS
+        text = [cells(result, baseline, columns) for result in rows]
+        markdown += [f"## {section.title}", table(columns, text)]
         if baseline:
             markdown.append(f"The baseline is {baseline.row.folder}.")
         if any(result.summaries for result in rows):
             markdown.append(f"<sub>{origin(rows)}</sub>")
-        latex.append(to_latex(section.title, text))
+        latex.append(to_latex(section.title, columns, text))
         lines += [line for result in rows for line in csv_lines(section, result)]
         if section.plot:
             points += [(section.name, result) for result in rows if result.summaries]
@@ -144,19 +140,19 @@ def csv_lines(section: Section, result: Result) -> list[dict[str, Any]]:
     ]
 
 
-def to_latex(title: str, rows: list[list[str]]) -> str:
+def to_latex(title: str, columns: Sequence[str], rows: list[list[str]]) -> str:
     """A table for booktabs."""
 
     def line(words: Sequence[str]) -> str:
         escaped = (word.replace("%", r"\%").replace("×", r"$\times$").replace("±", r"$\pm$") for word in words)
         return " & ".join(word.replace("–", "--") for word in escaped) + r" \\"
 
-    body = [line(COLUMNS), r"\midrule", *map(line, rows)]
+    body = [line(columns), r"\midrule", *map(line, rows)]
     return "\n".join(
         [
             r"\begin{table}",
             rf"\caption{{{title}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(COLUMNS) - 1)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
             r"\toprule",
             *body,
             r"\bottomrule",
@@ -165,22 +161,3 @@ def to_latex(title: str, rows: list[list[str]]) -> str:
             "",
         ]
     )
-
-
-def plot(points: list[tuple[str, Result]], title: str, path: Path) -> None:
-    """Top-1 against the multiply-accumulates of the linear layers, with the standard deviation over seeds."""
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for section in dict.fromkeys(name for name, _ in points):
-        mine = [result for name, result in points if name == section]
-        x = [result.any["macs"]["linear"] / 1e6 for result in mine]
-        y = [statistics.mean(result.top1) for result in mine]
-        spread = [statistics.stdev(result.top1) if len(result.top1) > 1 else 0.0 for result in mine]
-        axes.errorbar(x, y, spread, fmt="o", capsize=3, label=section)
-        for a, b, result in zip(x, y, mine, strict=True):
-            axes.annotate(result.row.name, (a, b), textcoords="offset points", xytext=(5, 4), fontsize=7)
-    axes.set(xlabel="linear layers, million multiply-accumulates an image", ylabel="top-1 %", title=title)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -76,19 +76,24 @@ def linears(ranks: list[int]) -> dict[str, Callable[..., nn.Module]]:
     }
 
 
-def measure(case: Case, linear: Callable[..., nn.Module], how: How) -> dict[str, float]:
+def build(case: Case, linear: Callable[..., nn.Module], how: How) -> Callable[[], Any]:
+    """What makes the model of a case."""
+    return partial(build_model, case.model, num_classes=1000, img_size=how.image_size, linear=linear)
+
+
+def measure(case: Case, make: Callable[[], Any], how: How) -> dict[str, float]:
     """Images a second over all devices of a whole training step (AdamW included); the step's peak memory in GiB on the
     first device; on one device also images a second of inference, and errors, which are all that a model has that is
     wrong. Each device has a process of its own."""
     with TemporaryDirectory() as folder:
         set_forkserver_preload(["timm", "models.build"])  # the imports, once for all rows
         torch.multiprocessing.start_processes(
-            _process, (case, linear, how, Path(folder)), nprocs=case.devices, start_method="forkserver"
+            _process, (case, make, how, Path(folder)), nprocs=case.devices, start_method="forkserver"
         )
         return json.loads((Path(folder) / "rates.json").read_text())
 
 
-def _process(rank: int, case: Case, linear: Callable[..., nn.Module], how: How, folder: Path) -> None:
+def _process(rank: int, case: Case, make: Callable[[], Any], how: How, folder: Path) -> None:
     device = torch.device(f"cuda:{rank}" if how.device == "cuda" else how.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -100,17 +105,17 @@ def _process(rank: int, case: Case, linear: Callable[..., nn.Module], how: How, 
             world_size=case.devices,
             device_id=device if device.type == "cuda" else None,
         )
-    rates = _rates(case, linear, how, device)
+    rates = _rates(case, make, how, device)
     if rank == 0:
         write_json(folder / "rates.json", rates)
     if case.devices > 1:
         dist.destroy_process_group()
 
 
-def _rates(case: Case, linear: Callable[..., nn.Module], how: How, device: torch.device) -> dict[str, float]:
-    model = build_model(case.model, num_classes=1000, img_size=how.image_size, linear=linear).to(device)
+def _rates(case: Case, make: Callable[[], Any], how: How, device: torch.device) -> dict[str, float]:
+    model = make().to(device)
     images = torch.randn(case.batch_size, 3, how.image_size, how.image_size, device=device)
-    labels = torch.randint(1000, (case.batch_size,), device=device)
+    labels = torch.randint(model.num_classes, (case.batch_size,), device=device)
     reference = copy.deepcopy(model)
     arrange(model, case)
     rates: dict[str, float] = {}
@@ -271,7 +276,7 @@ def measure_all(cases: list[list[Case]], ranks: list[int], how: How, out: Path, 
         first: dict[str, Any] = {}
         for case in group:
             row: dict[str, Any] = {**vars(case), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-            row |= measure(case, linears(ranks)[case.linear], how)
+            row |= measure(case, build(case, linears(ranks)[case.linear], how), how)
             first = first or row
             row |= compared(row, first)
             rows[case] = row

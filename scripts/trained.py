@@ -1,4 +1,5 @@
-"""A trained model of a run with linear=dense, beside its data: what programs convert, and record from."""
+"""Models as configurations describe them, beside their data; trained ones of runs with linear=dense: what programs
+convert, and record from."""
 
 import json
 from collections.abc import Iterator
@@ -29,14 +30,18 @@ def dense_run(folder: Path) -> tuple[nn.Module, ImageDataModule, dict[str, Any]]
             f"--run {folder} has no summary.json; give the folder of a run that train.py ended"
         ) from None
     checkpoint, path = load_checkpoint(folder / "checkpoints" / "last.ckpt")
-    config = OmegaConf.create(checkpoint["config"])
-    data = instantiate(config.data, seed=config.seed)
-    linear = instantiate(config.linear)
-    model = instantiate(config.model, num_classes=data.num_classes, img_size=data.image_size, linear=linear)
+    model, data = build(OmegaConf.create(checkpoint["config"]))
     weights = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("model.")}
     load_weights(nn.ModuleDict({"model": model}), {**checkpoint, "state_dict": weights}, path, checkpoint["config"])
     data.setup("fit")
     return model.eval(), data, {key: summary[key] for key in FACTS}
+
+
+def build(config: Any) -> tuple[nn.Module, ImageDataModule]:
+    """The model that a configuration describes, as it is before training, and its data."""
+    data = instantiate(config.data, seed=config.seed)
+    linear = instantiate(config.linear)
+    return instantiate(config.model, num_classes=data.num_classes, img_size=data.image_size, linear=linear), data
 
 
 def batches_of(data: ImageDataModule, split: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -64,8 +64,8 @@ def convert(
         include, exclude: shell-style patterns of layer names ("blocks.*.mlp.*"), one or several; a layer is swapped
             where it matches some `include` (all, by default) and no `exclude`. All names of a shared layer count.
         from_dense: start from the trained weights, encoded; otherwise from a fresh draw, for training from scratch.
-        row_axis, train_basis, start: as in `STLLinear`. Layers that PyTorch's transformer feeds (tokens, batch, features)
-            get the axis that means the same there.
+        row_axis, train_basis, start: as in `STLLinear`. Layers that PyTorch's transformer feeds (tokens, batch,
+            features) get the axis that means the same there.
         calibration: with `from_dense`, a few batches of inputs as the model will see them, in a list or any other
             series: tensors, tuples that start with one (inputs, labels), or dicts of keyword arguments; all are kept in
             memory. The encoded weights are then fitted to what the dense layers make of these inputs, layer by layer

@@ -82,11 +82,11 @@ class STLLinear(nn.Module):
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw the weight so that the output has the variance of a dense layer drawn with this standard deviation.
 
-        `std` defaults to that of `torch.nn.Linear`, √(1/3k). Encoder and decoder go back to the basis, the bias to zero.
-        With start="independent" each encoded number is drawn by itself. A channel's GEMM sums over k/t encoded values
-        only, so it has t³ / Σ_q |encode_x_q|²·|decode_q|² times the dense variance: t times for an orthonormal basis of
-        rank t². With start="dense" a dense weight is drawn and encoded, and scaled by t³ / (t³ − ‖T − T̂‖²), the share
-        that a least-squares encode_w leaves of it: tokens of a tile then begin as little mixed as the basis allows.
+        `std` defaults to that of `torch.nn.Linear`, √(1/3k). Encoder and decoder go back to the basis, the bias to
+        zero. With start="independent" each encoded number is drawn by itself. A channel's GEMM sums over k/t encoded
+        values only, so it has t³ / Σ_q |encode_x_q|²·|decode_q|² times the dense variance: t times for an orthonormal
+        basis of rank t². With start="dense" a dense weight is drawn and encoded, and scaled to make up for the share of
+        ‖T‖² that the basis does not reach: the tokens of a tile then begin as little mixed as it allows.
         """
         matrices = self._reset_basis()
         std = (1 / (3 * self.in_features)) ** 0.5 if std is None else std

@@ -8,7 +8,7 @@ import pytest
 import reproduce
 from hydra import compose, initialize_config_dir
 from running import CONFIGS
-from study import TABLES, Run, read_study
+from study import TABLES, Run, model_settings, read_study
 from study_report import write_report
 
 from stl import SettingError
@@ -165,3 +165,31 @@ def test_a_summary_that_is_damaged_does_not_count(tmp_path):
 def test_a_report_of_no_runs_has_no_plot(tmp_path):
     study = read_study(str(TABLES / "vit.yaml"))
     assert {path.suffix for path in write_report(study, tmp_path)} == {".md", ".tex", ".csv"}
+
+
+def test_what_a_model_measured_alone_stands_beside_its_runs(call, tmp_path):
+    call("--only", "first/*")
+    speed = {"batch_size": 100, "inference_images_per_second": 1e4, "training_images_per_second": 1e3}
+    rows = [{**speed, "settings": [], "peak_memory_gib": 1.5}, {**speed, "settings": ["model=other"]}]
+    content = {"machine": {"gpu": "NVIDIA H200"}, "models": rows}
+    (tmp_path / "results/mine/speed.json").write_text(json.dumps(content))
+    call("--build")
+    text = (tmp_path / "results/mine/mine.md").read_text()
+    assert text.count("| training images/s | MFU % | training GiB | inference ms |") == 1  # not where nothing was run
+    mfu = 100 * 3 * 2 * 3_000_000 * 1e3 / 989.4e12
+    assert f"| 2 | 1000 | {mfu:.1f} | 1.5 | 10.0 |" in text
+    rows[0] = {"settings": [], "batch_size": 100}  # wrong, not timed
+    (tmp_path / "results/mine/speed.json").write_text(json.dumps(content))
+    call("--build")
+    assert "inference ms" not in (tmp_path / "results/mine/mine.md").read_text()
+
+
+def test_rows_that_only_learn_differently_are_one_model():
+    rows = {row.folder: row for row in read_study("vit").rows}
+
+    def of(folder):
+        return model_settings(rows[folder].runs[0].overrides)
+
+    assert of("tuning/dense-lr-0.001") == of("tuning/dense-lr-0.002") == ["experiment=tiny_imagenet/t2t_vit_7_dense"]
+    assert of("second_ladder/encoded-start-dense") == of("second_ladder/start") != of("tuning/stl-r-16-lr-mult-4")
+    assert of("second_ladder/stl-rank-24") != of("second_ladder/stl-rank-32")

@@ -17,10 +17,14 @@ SINGLE = Case("t2t_vit_tiny", "dense", 2)
 DDP = Case("t2t_vit_tiny", "dense", 2, devices=2, strategy="ddp")
 
 
+def made(case):
+    return throughput.build(case, throughput.linears([16])[case.linear], QUICK)
+
+
 @pytest.mark.parametrize("linear", ["dense", "stl t=4 r=16"])
 def test_one_device(linear, tmp_path):
     case = Case("t2t_vit_tiny", linear, 2)
-    throughput._process(0, case, throughput.linears([16])[linear], QUICK, tmp_path)
+    throughput._process(0, case, made(case), QUICK, tmp_path)
     rates = json.loads((tmp_path / "rates.json").read_text())
     errors = {f"{plain}{name}" for plain in ("", "plain_") for name in ("error", "gradient_error")}
     assert set(rates) == {"inference_images_per_second", "training_images_per_second"} | errors
@@ -30,7 +34,7 @@ def test_one_device(linear, tmp_path):
 
 def test_a_fused_model_computes_the_same():
     case = Case("t2t_vit_tiny", "stl t=4 r=16", 2, backend="torch", fused=True)
-    rates = throughput._rates(case, throughput.linears([16])[case.linear], QUICK, torch.device("cpu"))
+    rates = throughput._rates(case, made(case), QUICK, torch.device("cpu"))
     assert rates["error"] == rates["plain_error"]
     assert rates["gradient_error"] == pytest.approx(rates["plain_gradient_error"])
 
@@ -40,7 +44,7 @@ def test_what_is_wrong_has_no_rate(monkeypatch):
         model.blocks[0].mlp.fc1.bias.data += 1
 
     monkeypatch.setattr(throughput, "arrange", disturbed)
-    rates = throughput._rates(SINGLE, torch.nn.Linear, QUICK, torch.device("cpu"))
+    rates = throughput._rates(SINGLE, made(SINGLE), QUICK, torch.device("cpu"))
     assert set(rates) == {"error", "plain_error", "gradient_error", "plain_gradient_error"}
     assert rates["error"] > 0.05
     assert throughput.describe({**vars(SINGLE), **rates}).endswith("WRONG, not timed")
@@ -56,7 +60,7 @@ def test_errors_are_held_against_those_of_plain_bf16(error, gradient, right):
 @pytest.mark.parametrize("strategy", throughput.STRATEGIES)
 def test_two_processes(strategy):
     case = Case("t2t_vit_tiny", "stl t=4 r=16", 2, devices=2, strategy=strategy)
-    rates = throughput.measure(case, throughput.linears([16])[case.linear], QUICK)
+    rates = throughput.measure(case, made(case), QUICK)
     assert set(rates) == {"training_images_per_second"}
     assert rates["training_images_per_second"] > 0
 

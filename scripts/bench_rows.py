@@ -1,0 +1,79 @@
+"""How fast the models of a table's rows are, each alone on one GPU: a training step, inference, peak memory.
+
+    python scripts/bench_rows.py --table vit --only 'final/*' --set data.root=/path/to/tiny-imagenet-200
+
+Measured as throughput.py measures, with the batch of the row's recipe and its MLPs fused, as train.py trains it. Rows
+that differ only in how they learn are one model and measured once. The result, results/<table>/speed.json, is what
+`reproduce.py --build` puts into the table; what it has is not measured again.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarking import check_device, machine, refuse_other, run_main
+from hydra import compose, initialize_config_dir
+from study import CONFIGS, SPEED, Row, chosen, model_settings, read_study
+from throughput import SAME, Case, How, describe, measure
+from torch import nn
+from trained import build
+
+from models.callbacks import write_json
+from models.compiling import MODES
+
+
+def configuration(words: list[str]) -> Any:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", overrides=words)
+
+
+def model(words: list[str]) -> nn.Module:
+    return build(configuration(words))[0]
+
+
+def measure_row(row: Row, machine_words: list[str], how: How) -> dict[str, Any]:
+    words = [*row.runs[0].overrides, *machine_words]
+    config = configuration(words)
+    how = How(**(vars(how) | {"image_size": config.data.image_size}))
+    case = Case(config.model.name, row.folder, config.data.batch_size, fused=True)
+    return {
+        **vars(case),
+        "settings": model_settings(row.runs[0].overrides),
+        **measure(case, partial(model, words), how),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", required=True, help="one of configs/table/, or a file like those")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION/ROW", help="patterns of rows")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of this machine, such as data.root")
+    parser.add_argument("--repeats", type=int, default=How.repeats, help="blocks of 10 steps")
+    parser.add_argument("--compile", choices=[*MODES, "none"], default=How.compile_mode)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    arguments = parser.parse_args()
+    check_device(arguments.device)
+    study = read_study(arguments.table)
+    out = arguments.results / study.name / SPEED
+    mode = None if arguments.compile == "none" else arguments.compile
+    here = machine() | {"precision": "bf16 autocast", "compile": mode, "device": arguments.device}
+    how = How(arguments.repeats, compile_mode=mode, device=arguments.device)
+    rows: list[dict[str, Any]] = []
+    if out.exists():
+        earlier = json.loads(out.read_text())
+        refuse_other(out, earlier["machine"], here, SAME)
+        rows = earlier["models"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for row in [row for section in chosen(study, arguments.only) for row in section.rows]:
+        if model_settings(row.runs[0].overrides) in [done["settings"] for done in rows]:
+            continue
+        rows.append(measure_row(row, arguments.set, how))
+        write_json(out, {"machine": here, "models": rows})
+        print(describe(rows[-1]), flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
