@@ -9,6 +9,7 @@ that differ only in how they learn are one model and measured once. The result, 
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,11 @@ def model(words: list[str]) -> nn.Module:
 def measure_row(row: Row, machine_words: list[str], how: How) -> dict[str, Any]:
     words = [*row.runs[0].overrides, *machine_words]
     config = configuration(words)
-    how = How(**(vars(how) | {"image_size": config.data.image_size}))
-    case = Case(config.model.name, row.folder, config.data.batch_size, fused=True)
-    return {
-        **vars(case),
-        "settings": model_settings(row.runs[0].overrides),
-        **measure(case, partial(model, words), how),
-    }
+    case = Case(
+        config.model.name, row.folder, config.data.batch_size, fused=True
+    )  # named by the first row of its model
+    rates = measure(case, partial(model, words), replace(how, image_size=config.data.image_size))
+    return {**vars(case), "settings": model_settings(row.runs[0].overrides), **rates}
 
 
 def main() -> None:

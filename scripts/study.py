@@ -26,9 +26,8 @@ OF_THE_MACHINE = re.compile(
     r"[+~]*(data\.(root|download|cache|num_workers|device_batch_size|eval_batch_size)|compile|num_threads|logger|"
     r"trainer\.(devices|num_nodes|accelerator)|callbacks\.(progress_bar|checkpoint)(\..*)?)="
 )
-# Settings that say what is computed in a step, not how it is learnt.
-OF_THE_MODEL = re.compile(r"[+~]*(experiment|model|linear|data|data\.(image_size|batch_size))([.].*)?=")
-LEARNT = re.compile(r"linear\.start=|model\.token_order=")
+# Settings that say what is computed in a step: not how it is learnt, nor with which weights it begins.
+OF_THE_MODEL = re.compile(r"[+~]*(experiment|(model|linear)(\.(?!start=).*)?|data(\.(image_size|batch_size))?)=")
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def settings(overrides: Any) -> list[str]:
 
 def model_settings(overrides: Any) -> list[str]:
     """Of the settings those that say which model it is: rows that have them in common are equally fast."""
-    return [word for word in settings(overrides) if OF_THE_MODEL.match(word) and not LEARNT.match(word)]
+    return [word for word in settings(overrides) if OF_THE_MODEL.match(word)]
 
 
 def slug(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A table of runs as Markdown, LaTeX, CSV and a plot of accuracy against multiply-accumulates."""
+"""A table of runs as Markdown, LaTeX, CSV and a plot."""
 
 import csv
 import statistics
@@ -16,17 +16,8 @@ COLUMNS = ["row", "top-1 %", "seeds", "against the baseline", "p", "params M", "
 COLUMNS += ["× core / linear / total", "epochs"]
 SPEEDS = ["training images/s", "MFU %", "training GiB", "inference ms"]  # where they were measured
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}  # bf16, dense; NVIDIA's data sheets
-SAME = [
-    "top1",
-    "top5",
-    "val_loss",
-    "params",
-    "epochs",
-    "wall_seconds",
-    "device",
-    "git_commit",
-    "date",
-]  # as in summaries
+# as in summaries
+SAME = ["top1", "top5", "val_loss", "params", "epochs", "wall_seconds", "device", "git_commit", "date"]
 
 
 def mean_and_deviation(numbers: Sequence[float]) -> str:

@@ -28,9 +28,10 @@ class Result:
     @property
     def milliseconds(self) -> float | None:
         """Of inference, a batch."""
-        return (
-            None if self.speed is None else 1000 * self.speed["batch_size"] / self.speed["inference_images_per_second"]
-        )
+        if self.speed is None:
+            return None
+        seconds = self.speed["batch_size"] / self.speed["inference_images_per_second"]
+        return 1000 * seconds
 
 
 def read_speeds(results: Path) -> list[dict[str, Any]]:

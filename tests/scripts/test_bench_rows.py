@@ -1,4 +1,4 @@
-"""scripts/bench_rows.py: which models it measures, and that what it builds is what train.py trains."""
+"""scripts/bench_rows.py: which models it measures, and how."""
 
 import json
 import sys

@@ -193,3 +193,8 @@ def test_rows_that_only_learn_differently_are_one_model():
     assert of("tuning/dense-lr-0.001") == of("tuning/dense-lr-0.002") == ["experiment=tiny_imagenet/t2t_vit_7_dense"]
     assert of("second_ladder/encoded-start-dense") == of("second_ladder/start") != of("tuning/stl-r-16-lr-mult-4")
     assert of("second_ladder/stl-rank-24") != of("second_ladder/stl-rank-32")
+
+
+def test_what_is_of_the_model():
+    words = ["experiment=a", "linear=stl", "+model.embed_dim=144", "model.token_order=block", "data.batch_size=7"]
+    assert model_settings([*words, "linear.start=dense", "data.margin=4", "optimizer.lr=1", "seed=0"]) == sorted(words)
