@@ -82,10 +82,12 @@ class T2TViT(nn.Module):
         strides: of the three soft splits; None follows the image, see `soft_split_strides`.
         token_order: in which order patch tokens pass the backbone, which STL layers with inexact bases see: "raster"
             makes a tile of four tokens a piece of a row, "block" a 2×2 square, and "random", one shuffle for all
-            images, leaves no neighbours together. The class token goes last, so that the patches' tiles stay aligned.
+            images, leaves no neighbours together. Class tokens go last, so that the patches' tiles stay aligned.
+        class_tokens: how many; their mean is what the head sees. In STL layers one shares its tile with zeros, and four
+            fill a tile of 4. With 0 the head sees the mean of the patches.
         t2t_drop_rate: dropout inside the T2T module; None is the official 0.1 for "performer", 0 for "transformer".
 
-    Raises SettingError for an unknown group or order, or an image size out of range.
+    Raises SettingError for an unknown group or order, a negative number of class tokens, or an image size out of range.
     """
 
     _order: Tensor | None
@@ -107,19 +109,21 @@ class T2TViT(nn.Module):
         linear_groups: Sequence[str] = LINEAR_GROUPS,
         strides: Sequence[int] | None = None,
         token_order: str = "raster",
+        class_tokens: int = 1,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         t2t_drop_rate: float | None = None,
     ) -> None:
         super().__init__()
-        _check(img_size, tokens, linear_groups, strides, token_order)
+        _check(img_size, tokens, linear_groups, strides, token_order, class_tokens)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         image: Size = (height, width)
         makers = {group: linear if group in linear_groups else nn.Linear for group in LINEAR_GROUPS}
         self.img_size = image
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.class_tokens = class_tokens
         self.grad_checkpointing = False
         self._head = makers["head"]
 
@@ -133,7 +137,7 @@ class T2TViT(nn.Module):
         self.register_buffer("_raster", None if order is None else order.argsort(), persistent=False)
 
         positions = sinusoidal_positions(1 + self.grid_size[0] * self.grid_size[1], embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, embed_dim))
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(
@@ -167,15 +171,15 @@ class T2TViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for this many classes (none for 0); the class token is the only pooling there is."""
+        """A fresh head for this many classes (none for 0); class tokens, or none, are the only pooling there is."""
         if global_pool not in (None, "", "token"):
-            raise SettingError(f"global_pool={global_pool!r} is unknown; T2T-ViT pools by its class token ('token')")
+            raise SettingError(f"global_pool={global_pool!r} is unknown; T2T-ViT pools by its class tokens ('token')")
         self.num_classes = num_classes
         self.head = self._make_head().to(self.cls_token)
         self.head.apply(_init_weights)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(batch, channels, H, W) → (batch, 1 + rows·columns, dim): the class token, then patches in raster order."""
+        """(batch, channels, H, W) → (batch, class_tokens + rows·columns, dim): patches, in raster order, come last."""
         if x.ndim != 4 or x.shape[-2:] != self.img_size:
             height, width = self.img_size
             raise SettingError(
@@ -184,17 +188,17 @@ class T2TViT(nn.Module):
         x = self.tokens_to_token(x) + self.pos_embed[:, 1:]
         if self._order is not None:
             x = x[:, self._order]
-        class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = self.pos_drop(torch.cat([x, class_token], 1))
+        class_tokens = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = self.pos_drop(torch.cat([x, class_tokens], 1))
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
         x = self.norm(x)
-        patches = x[:, :-1] if self._raster is None else x[:, self._raster]
-        return torch.cat([x[:, -1:], patches], 1)
+        patches, class_tokens = x.tensor_split([x.shape[1] - self.class_tokens], 1)
+        return torch.cat([class_tokens, patches if self._raster is None else patches[:, self._raster]], 1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The tokens of `forward_features` → the class token's features, or (batch, num_classes) logits."""
-        x = x[:, 0]
+        """The tokens of `forward_features` → the features that are pooled from them, or (batch, num_classes) logits."""
+        x = x[:, : self.class_tokens or None].mean(1)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -242,7 +246,12 @@ def token_permutation(grid: tuple[int, int], order: str) -> Tensor | None:
 
 
 def _check(
-    img_size: int | Sequence[int], tokens: str, groups: Sequence[str], strides: Sequence[int] | None, order: str
+    img_size: int | Sequence[int],
+    tokens: str,
+    groups: Sequence[str],
+    strides: Sequence[int] | None,
+    order: str,
+    class_tokens: int,
 ) -> None:
     sides = [img_size] if isinstance(img_size, int) else list(img_size)
     if len(sides) > 2 or not all(32 <= side <= 384 for side in sides):
@@ -253,6 +262,8 @@ def _check(
         raise SettingError(f"strides={list(strides)} must be three positive numbers, one a soft split, or null")
     if order not in TOKEN_ORDERS:
         raise SettingError(f"token_order={order!r} is unknown; choose one of {', '.join(TOKEN_ORDERS)}")
+    if class_tokens < 0:
+        raise SettingError(f"class_tokens={class_tokens} must be 0, for the mean of the patches, or more")
     if unknown := [group for group in groups if group not in LINEAR_GROUPS]:
         raise SettingError(f"linear_groups has {unknown[0]!r}; choose from {', '.join(LINEAR_GROUPS)}")
 

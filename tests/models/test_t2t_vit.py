@@ -173,6 +173,18 @@ def test_the_class_token_goes_last_so_that_patch_tiles_stay_aligned():
     torch.testing.assert_close(seen[0][:, -1:], model.cls_token + model.pos_embed[:, :1])
 
 
+@pytest.mark.parametrize("number", [0, 4])
+def test_the_head_sees_the_mean_of_the_class_tokens_or_without_any_that_of_the_patches(number):
+    torch.manual_seed(0)
+    model = create(linear=STL[4], num_classes=10, class_tokens=number).eval()
+    image = torch.randn(2, 3, 32, 32)
+    features = model.forward_features(image)
+    assert features.shape[1] == number + 64
+    pooled = features[:, :number] if number else features
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), pooled.mean(1))
+    torch.testing.assert_close(model(image), model.head(pooled.mean(1)))
+
+
 def test_token_order_block_makes_squares_and_features_come_back_in_raster_order():
     order = token_permutation((4, 4), "block")
     assert order[:8].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
@@ -229,6 +241,7 @@ def test_the_classifier_is_reset_to_any_number_of_classes():
         ({"img_size": 16}, r"img_size=16 must be one side, or height and width, from 32 to 384"),
         ({"linear_groups": ["mlp"]}, "linear_groups has 'mlp'; choose from backbone, t2t, head"),
         ({"token_order": "spiral"}, "token_order='spiral' is unknown; choose one of raster, block"),
+        ({"class_tokens": -1}, "class_tokens=-1 must be 0, for the mean of the patches, or more"),
         ({"strides": [4, 2]}, r"strides=\[4, 2\] must be three positive numbers, one a soft split, or null"),
         ({"tokens": "conv"}, "tokens='conv' is unknown; choose one of performer, transformer"),
     ],
