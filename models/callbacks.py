@@ -20,8 +20,13 @@ from stl import FlopReport, SettingError
 PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "hydra-core", "numpy")
 
 
+class DivergedError(SettingError):
+    """The loss, or the weights, are not finite: under these settings training does not come to an end."""
+
+
 class RunSummary(pl.Callback):
-    """Writes flops.json when training starts, and summary.json, with accuracies in percent, when `write` is called.
+    """Writes flops.json when training starts, and summary.json, with accuracies in percent, when `write` is called;
+    diverged.json, with the step and the epoch, where training ends in a DivergedError.
 
     Its clocks run on over interruptions.
     """
@@ -48,6 +53,11 @@ class RunSummary(pl.Callback):
             self._seconds += now - self._mark
         self._mark, self._fresh = now, False
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, DivergedError) and trainer.is_global_zero:
+            place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+            write_json(self.folder / "diverged.json", self.facts | place | origin(trainer))
+
     def state_dict(self) -> dict[str, Any]:
         return {"images": self._images, "seconds": self._seconds, "wall_seconds": self._wall_seconds()}
 
@@ -73,14 +83,21 @@ class RunSummary(pl.Callback):
             "epochs": trainer.current_epoch,
             "images_per_second": self._images / self._seconds if self._seconds else None,
             "wall_seconds": self._wall_seconds(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": describe_device(trainer.strategy.root_device),
-            "devices": trainer.world_size,
-            "precision": str(trainer.precision),
-            "git_commit": git_commit(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            **origin(trainer),
         }
         write_json(self.folder / "summary.json", summary)
+
+
+def origin(trainer: pl.Trainer) -> dict[str, Any]:
+    """When, where and with what a run was."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": describe_device(trainer.strategy.root_device),
+        "devices": trainer.world_size,
+        "precision": str(trainer.precision),
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
 
 
 class StopAtNonFiniteLoss(pl.Callback):
@@ -107,7 +124,7 @@ class StopAtNonFiniteLoss(pl.Callback):
 
     def _stop(self, trainer: pl.Trainer, what: str, where: str = "") -> NoReturn:
         kept = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
-        raise SettingError(
+        raise DivergedError(
             f"{what} at step {trainer.global_step} of epoch {trainer.current_epoch}{where}; last good checkpoint: "
             f"{kept}; lower optimizer.lr or train with trainer.precision=32-true"
         )

@@ -7,7 +7,7 @@
 
 Runs go to outputs/<table>/<section>/<row>/seed<seed>/. What a table needs of a run that has ended is kept in
 results/<table>/, beside the table itself; a run that was stopped, by --minutes, Ctrl-C or SIGTERM, goes on next time. A
-row that was not run says so.
+row that was not run says so, and one whose loss did not stay finite as well.
 """
 
 import argparse
@@ -34,12 +34,14 @@ PROGRAM = Path(__file__).parents[1] / "train.py"
 
 def keep(run: Run, outputs: Path, results: Path) -> bool:
     """Copy what is kept of a run that has ended; False where it has not."""
-    if run.summary(outputs) is None:
+    if not run.has_ended(outputs):
         return False
     target = results / run.folder
     target.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
-        shutil.copyfile(outputs / run.folder / name, target / name)
+        (target / name).unlink(missing_ok=True)
+        if (outputs / run.folder / name).exists():
+            shutil.copyfile(outputs / run.folder / name, target / name)
     return True
 
 
@@ -47,6 +49,8 @@ def state(run: Run, outputs: Path, results: Path) -> str:
     summary = run.summary(results)
     if summary is not None:
         return f"done, top-1 {summary['top1']:.2f}"
+    if diverged := run.diverged(results):
+        return f"diverged in epoch {diverged['epoch']}"
     epochs = run.epochs(outputs)
     return f"stopped after {epochs} epochs" if epochs else "not run"
 
@@ -98,7 +102,7 @@ def train_all(
                 break
             for run in [run for run, process in under_way.items() if process.poll() is not None]:
                 code = under_way.pop(run).returncode
-                if code == 0 and keep(run, outputs, results):
+                if (code == 0 or run.diverged(outputs)) and keep(run, outputs, results):
                     done += 1
                     print(f"{run.folder}: {state(run, outputs, results)} ({done} of {len(runs)})", flush=True)
                 else:
@@ -150,7 +154,7 @@ def main() -> None:
     if not arguments.build:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         runs = [run for section in chosen(study, arguments.only) for row in section.rows for run in row.runs]
-        missing = [run for run in runs if run.summary(results) is None and not keep(run, outputs, results)]
+        missing = [run for run in runs if not run.has_ended(results) and not keep(run, outputs, results)]
         failed = train_all(missing, arguments.set, arguments.jobs, arguments.minutes, outputs, results)
     for path in write_report(study, results):
         print(f"written to {path}")

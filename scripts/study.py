@@ -20,7 +20,8 @@ from stl import SettingError
 CONFIGS = Path(__file__).parents[1] / "configs"
 TABLES = CONFIGS / "table"
 SPEED = "speed.json"  # of its models on one machine, beside the table
-KEPT = ("summary.json", "metrics.csv", "config.yaml")  # of a run, beside the table
+SUMMARY, DIVERGED = "summary.json", "diverged.json"  # one of them is what a run that has ended left
+KEPT = (SUMMARY, DIVERGED, "metrics.csv", "config.yaml")  # of a run, beside the table
 # Settings that say where and how fast a run is, not what it is.
 OF_THE_MACHINE = re.compile(
     r"[+~]*(data\.(root|download|cache|num_workers|device_batch_size|eval_batch_size)|compile|num_threads|logger|"
@@ -39,11 +40,21 @@ class Run:
 
     def summary(self, root: Path) -> dict[str, Any] | None:
         """Its summary below `root`; None where there is none, or one of other settings."""
+        return self._read(root, SUMMARY)
+
+    def diverged(self, root: Path) -> dict[str, Any] | None:
+        """Where below `root` its loss was not finite any more; None where it has a summary or has not come to that."""
+        return None if self.summary(root) else self._read(root, DIVERGED)
+
+    def has_ended(self, root: Path) -> bool:
+        return self.summary(root) is not None or self.diverged(root) is not None
+
+    def _read(self, root: Path, name: str) -> dict[str, Any] | None:
         try:
-            summary = json.loads((root / self.folder / "summary.json").read_text())
+            facts = json.loads((root / self.folder / name).read_text())
         except (OSError, ValueError):
             return None
-        return summary if settings(summary["overrides"]) == settings(self.overrides) else None
+        return facts if settings(facts["overrides"]) == settings(self.overrides) else None
 
     def epochs(self, root: Path) -> int:
         """How many epochs of a run that has not ended are in its curve below `root`."""

@@ -55,14 +55,17 @@ def speed_cells(result: Result) -> list[str]:
 
 def cells(result: Result, baseline: Result | None, columns: Sequence[str]) -> list[str]:
     """A line of the table, in the order of COLUMNS, and SPEEDS where `columns` has them."""
+    seeds = f"{len(result.summaries)} of {len(result.row.runs)}"
+    if result.diverged:
+        seeds += f", {result.diverged} diverged"
     if not result.summaries:
-        return [result.row.name, "not run", f"0 of {len(result.row.runs)}", *[""] * (len(columns) - 3)]
+        return [result.row.name, "–" if result.diverged else "not run", seeds, *[""] * (len(columns) - 3)]
     facts = result.any
     factor = facts["flop_factor"]
     return [
         result.row.name,
         mean_and_deviation(result.top1),
-        f"{len(result.summaries)} of {len(result.row.runs)}",
+        seeds,
         *against(result, baseline),
         f"{facts['params'] / 1e6:.2f}",
         f"{facts['macs']['linear'] / 1e6:.1f}",

@@ -11,10 +11,11 @@ from study import SPEED, Row, model_settings
 
 @dataclass(frozen=True)
 class Result:
-    """A row with the summaries of its runs that have ended, by seed."""
+    """A row with the summaries of its runs that have ended well, by seed."""
 
     row: Row
     summaries: dict[int, dict[str, Any]]
+    diverged: int  # how many of its runs did
     speed: dict[str, Any] | None  # of its model, alone on a GPU
 
     @property
@@ -47,4 +48,5 @@ def read_result(row: Row, results: Path, speeds: Sequence[dict[str, Any]]) -> Re
     summaries = [run.summary(results) for run in row.runs]
     own = model_settings(row.runs[0].overrides)
     speed = next((speed for speed in speeds if speed["settings"] == own), None)
-    return Result(row, {summary["seed"]: summary for summary in summaries if summary}, speed)
+    diverged = sum(run.diverged(results) is not None for run in row.runs)
+    return Result(row, {summary["seed"]: summary for summary in summaries if summary}, diverged, speed)

@@ -246,6 +246,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(value.isfinite().all() for value in kept["state_dict"].values() if value.is_floating_point())
     assert not (tmp_path / "summary.json").exists()
+    diverged = json.loads((tmp_path / "diverged.json").read_text())
+    assert (diverged["step"], diverged["epoch"], diverged["seed"]) == (2, 2, 0)
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ from study_report import write_report
 
 from stl import SettingError
 
-# Stands in for train.py: top-1 is 10·lr + seed; a run with `fail` fails; one with `wait` writes a curve and waits.
+# Stands in for train.py: top-1 is 10·lr + seed; a run with `fail` fails; one with `diverge` finds a loss of NaN; one
+# with `wait` writes a curve and waits.
 PROGRAM = """
 import json, signal, sys, time
 from pathlib import Path
@@ -29,6 +30,9 @@ if "wait" in words:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     time.sleep(60)
 overrides = sorted(word for word in sys.argv[1:] if not word.startswith("hydra"))
+if "diverge" in words:
+    (folder / "diverged.json").write_text(json.dumps(dict(overrides=overrides, step=610, epoch=1)))
+    sys.exit("error: the loss is nan")
 summary = dict(seed=int(words["seed"]), top1=10 * float(words["lr"]) + int(words["seed"]), top5=50.0, val_loss=1.0)
 summary |= dict(params=4_000_000, epochs=2, wall_seconds=60.0, device="a GPU", git_commit="abc", date="2026-01-02T03")
 summary |= dict(overrides=overrides, macs=dict(linear=2_000_000, total=3_000_000), dataset="digits")
@@ -53,6 +57,7 @@ sections:
     rows:
       - {name: broken, overrides: [lr=1, fail=1]}
       - {name: slow, overrides: [lr=1, wait=1]}
+      - {name: unstable, overrides: [lr=1, diverge=1]}
 """
 
 
@@ -121,6 +126,16 @@ def test_a_failure_is_named_and_the_others_go_on(call, tmp_path, capsys):
     assert "(4 of 5)" in out
 
 
+def test_a_run_that_diverges_is_a_result_and_not_run_again(call, tmp_path, capsys):
+    call("--only", "second/unstable")
+    assert "second/unstable/seed0: diverged in epoch 1 (1 of 1)" in capsys.readouterr().out
+    assert "| unstable | – | 0 of 1, 1 diverged |" in (tmp_path / "results/mine/mine.md").read_text()
+    kept = sorted(path.name for path in (tmp_path / "results/mine/second/unstable/seed0").iterdir())
+    assert kept == ["config.yaml", "diverged.json", "metrics.csv"]
+    call("--only", "second/unstable")
+    assert "started" not in capsys.readouterr().out
+
+
 def test_what_is_stopped_says_how_far_it_is(call, capsys):
     call("--only", "second/slow", "--minutes", "0.03")
     assert "second/slow/seed0: stopped after 2 epochs" in capsys.readouterr().out
@@ -128,7 +143,7 @@ def test_what_is_stopped_says_how_far_it_is(call, capsys):
 
 def test_without_runs_the_table_says_not_run(call, tmp_path):
     call("--build")
-    assert (tmp_path / "results/mine/mine.md").read_text().count("not run") == 4
+    assert (tmp_path / "results/mine/mine.md").read_text().count("not run") == 5
     assert (tmp_path / "results/mine/mine.csv").read_text() == ""
 
 
