@@ -8,7 +8,10 @@ import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton and kernels are imported
+    from interpreter import patch_once
+
+    patch_once()
 
 
 def pytest_collection_modifyitems(items):

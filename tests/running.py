@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
+import eval as evaluation
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,14 @@ def run(folder: Path, *overrides: str) -> dict:
         del cfg["hydra"]
     train.train(cfg, folder)
     return json.loads((folder / "summary.json").read_text())
+
+
+def evaluate(checkpoint: Path, *overrides: str) -> dict:
+    """eval.py in this process, its latency as quickly as can be; returns what it found."""
+    words = ["batch_size=360", "latency.repeats=1", "latency.batch_sizes=[1]", "accelerator=cpu"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("eval", overrides=[f"ckpt={checkpoint}", *words, *overrides])
+    return evaluation.evaluate(cfg)[0]
 
 
 # Processes that begin with all imports done, which otherwise take longer than most of these runs.

@@ -33,19 +33,27 @@ def curve(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "metrics.csv").open()))
 
 
-@pytest.mark.parametrize(("trainer", "steps"), [("default", 20), ("fsdp2", 10)])
-def test_two_processes_give_the_curve_of_one(trainer, steps, tmp_path):
-    """Epochs of one step, so that the curve has the loss of each; the effective batch of 64 as 2 processes × 16 images
-    × 2 accumulated batches."""
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    run(alone, *WORDS, f"trainer.max_epochs={steps}")
+STEPS = 10  # an epoch each, so that the curve has the loss of every one
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    run(folder, *WORDS, f"trainer.max_epochs={STEPS}")
+    return folder
+
+
+@pytest.mark.parametrize("trainer", ["default", "fsdp2"])
+def test_two_processes_give_the_curve_of_one(trainer, alone, tmp_path):
+    """The effective batch of 64 as 2 processes × 16 images × 2 accumulated batches."""
+    together = tmp_path / "together"
     split = [
         "trainer.devices=2",
         "data.device_batch_size=16",
         "data.eval_batch_size=32",
         "trainer.limit_train_batches=2",
     ]
-    words = [*WORDS, f"trainer.max_epochs={steps}", f"trainer={trainer}", *split, f"hydra.run.dir={together}"]
+    words = [*WORDS, f"trainer.max_epochs={STEPS}", f"trainer={trainer}", *split, f"hydra.run.dir={together}"]
     result = program("train.py", *words)
     assert result.returncode == 0, result.stderr
     summary, expected = (json.loads((folder / "summary.json").read_text()) for folder in (together, alone))
@@ -56,7 +64,7 @@ def test_two_processes_give_the_curve_of_one(trainer, steps, tmp_path):
     )
     assert losses == pytest.approx([float(row["train_loss"]) for row in curve(alone) if row["train_loss"]], abs=1e-4)
     assert val_losses == pytest.approx([float(row["val_loss"]) for row in curve(alone) if row["val_loss"]], abs=1e-4)
-    assert len(losses) == steps
+    assert len(losses) == STEPS
     assert losses[-1] < losses[0] - 0.005  # it has learned something
     ours, theirs = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (together, alone))
     for part in (lambda c: c["state_dict"], lambda c: c["callbacks"]["ModelEma"]["model"]):

@@ -1,10 +1,8 @@
 """The moving average of the weights, through the trainer."""
 
-import json
-
 import pytest
 import torch
-from running import QUICK, program, run
+from running import QUICK, evaluate, run
 
 from models.ema import averaged_weights
 
@@ -43,12 +41,9 @@ def test_validation_and_eval_report_the_average(tmp_path):
     untrained = run(tmp_path / "untrained", *QUICK, "optimizer.lr=1e-12", "trainer.limit_train_batches=3")
     assert frozen["val_loss"] == pytest.approx(untrained["val_loss"], rel=1e-3)
     assert frozen["val_loss"] != pytest.approx(plain["val_loss"], rel=1e-2)
-    for averaged in ("true", "false"):
-        ckpt = tmp_path / "frozen" / "checkpoints" / "last.ckpt"
-        result = program("eval.py", f"ckpt={ckpt}", f"averaged={averaged}", "latency.repeats=1", "accelerator=cpu")
-        assert result.returncode == 0, result.stderr
-        figures = json.loads((tmp_path / "frozen" / "eval.json").read_text())
-        assert figures["averaged_weights"] == (averaged == "true")
+    for averaged in (True, False):
+        figures = evaluate(tmp_path / "frozen" / "checkpoints" / "last.ckpt", f"averaged={averaged}")
+        assert figures["averaged_weights"] == averaged
 
 
 def test_training_goes_on_with_the_current_weights_and_the_kept_average(tmp_path):

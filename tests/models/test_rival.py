@@ -10,11 +10,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import CONFIGS, QUICK, run
+from running import CONFIGS, QUICK, evaluate, run
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import eval as evaluation
 from models.dense_mixer import MixingLinear
 from models.low_rank import LowRankLinear
 from models.monarch import MonarchLinear
@@ -183,9 +182,7 @@ def test_a_run_trains_and_says_what_it_was(name, own, tmp_path):
 
 def test_a_checkpoint_is_evaluated_with_its_own_layers(tmp_path):
     summary = run(tmp_path, *QUICK, "linear=monarch", "logger=csv")
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        words = ["batch_size=360", "latency.repeats=1", "latency.batch_sizes=[1]", "accelerator=cpu"]
-        figures, _ = evaluation.evaluate(compose("eval", [f"ckpt={tmp_path / 'checkpoints' / 'last.ckpt'}", *words]))
+    figures = evaluate(tmp_path / "checkpoints" / "last.ckpt")
     for key in ("linear", "params", "macs", "flop_factor"):
         assert figures[key] == summary[key], key
 

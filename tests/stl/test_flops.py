@@ -2,7 +2,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import pairwise
+from itertools import cycle, pairwise
 from math import ceil, prod
 
 import pytest
@@ -97,8 +97,7 @@ def test_a_dense_layer_costs_n_times_k_times_m(shape, k, m, bias):
     assert_counted_as_measured(linear, report, torch.zeros(*shape, k))
 
 
-@pytest.mark.parametrize("choice", [None, *BASES])
-@pytest.mark.parametrize("row_axis", ["tokens", "batch"])
+@pytest.mark.parametrize(("choice", "row_axis"), list(zip([None, *BASES], cycle(["tokens", "batch"]), strict=False)))
 def test_every_module_of_a_model_is_counted_as_measured(case, choice, row_axis):
     model, x = case.build(), case.batch()
     if choice is not None:

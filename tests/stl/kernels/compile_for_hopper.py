@@ -1,6 +1,7 @@
 """Compile every kernel that the operators launch, forward and backward, for an H200; no GPU is needed for that.
 
-Prints a line for each: its name, the bytes of shared memory that a block takes, and those that a thread spills.
+For each basis TILE,RANK,NAME,DTYPE of the command line it is named, then a line for each kernel: its name, the bytes of
+shared memory that a block takes, and those that a thread spills.
 """
 
 import os
@@ -70,5 +71,7 @@ def main(tile: int, rank: int, name: str, dtype: torch.dtype) -> None:
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET", "0") == "0"
     JITFunction.run = compile_only
-    tile, rank, name, dtype = sys.argv[1:]
-    main(int(tile), int(rank), name, getattr(torch, dtype))
+    for basis in sys.argv[1:]:
+        print("basis", basis)
+        tile, rank, name, dtype = basis.split(",")
+        main(int(tile), int(rank), name, getattr(torch, dtype))

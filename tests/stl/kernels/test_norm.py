@@ -1,6 +1,8 @@
 """`STLNormLinear` by kernels against its two modules in float64, one after the other: on the GPU where there is one,
 else in Triton's interpreter."""
 
+from itertools import cycle, product
+
 import pytest
 import torch
 from agreement import DEVICE, assert_agree, gaussian
@@ -11,6 +13,9 @@ from stl import SettingError, STLLinear, STLNormLinear
 
 BASES = [("strassen", 2, 7), ("hadamard", 4, 16), ("frame", 4, 24), ("hadamard", 8, 64)]
 NORMS = {"layer": nn.LayerNorm, "layer, no bias": lambda k: nn.LayerNorm(k, bias=False), "rms": nn.RMSNorm}
+
+# every pair of a basis and a norm, of a basis and an axis, and of a norm and an axis
+CASES = [(*pair, axis) for pair, axis in zip(product(BASES, NORMS), cycle(["tokens", "batch"]), strict=False)]
 
 
 def module(
@@ -26,9 +31,7 @@ def module(
     return made.double().to(DEVICE)
 
 
-@pytest.mark.parametrize("row_axis", ["tokens", "batch"])
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize(("basis", "norm", "row_axis"), CASES)
 def test_output_and_all_gradients(basis, norm, row_axis):
     assert_agree(module(13, 10, basis, norm, row_axis), 2 * gaussian(3, 7, 13, seed=0) + 1)
 
