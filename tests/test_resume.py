@@ -23,8 +23,8 @@ from train import one_line_errors
 # Every source of randomness at once: augmented images, dropout, stochastic depth, mixup, erasing; two batches a step.
 WORDS = [
     *QUICK,
-    "trainer.max_epochs=4",
-    "trainer.limit_train_batches=16",
+    "trainer.max_epochs=3",
+    "trainer.limit_train_batches=10",
     "trainer.limit_val_batches=2",
     "data.batch_size=16",
     "data.device_batch_size=8",
