@@ -86,6 +86,28 @@ class Basis:
         norms = [m.square().sum(1) for m in (self.encode_x, self.encode_w, self.decode)]
         return (norms[0] * norms[1] * norms[2]).sum().item() / self.tile**3
 
+    @cached_property
+    def pivots(self) -> Tensor | None:
+        """The pivot row p(q) of every channel, (r,) int64, or None where the basis is not causal.
+
+        Channel q reads rows ≤ p(q) of a tile of X and writes rows ≥ p(q) of one of Y. p(q) is the last row where
+        encode_x_q has an entry other than zero; decode_q must have none before it.
+        """
+        rows = torch.arange(self.tile)
+        read, written = (m.view(-1, self.tile, self.tile).ne(0).any(2) for m in (self.encode_x, self.decode))
+        last = (rows * read).amax(1)
+        first = torch.where(written, rows, self.tile).amin(1)
+        return last if bool((last <= first).all()) else None
+
+    @property
+    def causal(self) -> bool:
+        """Whether row i of an output tile depends on rows ≤ i of the input tile only, whatever the encoded weight.
+
+        To the bit, where the numbers are finite. Exact bases are not causal for that: in them later rows cancel out up
+        to rounding.
+        """
+        return self.pivots is not None
+
     def kron(self, other: "Basis", name: str | None = None) -> "Basis":
         """The basis over tiles of tiles: tile and rank multiply, and the product of two exact bases is exact."""
         s, t = self.tile, other.tile

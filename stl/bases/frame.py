@@ -11,7 +11,8 @@ from stl.bases.hadamard import walsh_hadamard
 from stl.basis import Basis, least_squares_encode_w, register_basis
 
 
-def _transform(size: int) -> torch.Tensor:
+def orthonormal_transform(size: int) -> torch.Tensor:
+    """Walsh–Hadamard where `size` is a power of two, else the cosine transform; orthonormal, float64."""
     if size.bit_count() == 1:
         return walsh_hadamard(size)
     index = torch.arange(size, dtype=torch.float64)
@@ -29,7 +30,7 @@ def tight_frame(tile: int, rank: int) -> torch.Tensor:
     Strohmer, "Designing structured tight frames via an alternating projection method", 2005).
     """
     generator = torch.Generator().manual_seed(1_000_003 * tile + rank)
-    transform = torch.kron(_transform(tile), _transform(tile))
+    transform = torch.kron(orthonormal_transform(tile), orthonormal_transform(tile))
     copies, rest = [transform], rank % tile**2
     for _ in range(1, rank // tile**2):
         signs = torch.randint(0, 2, (tile**2,), generator=generator, dtype=torch.float64) * 2 - 1
