@@ -15,6 +15,7 @@ from stl.functional import stl_linear, stl_matmul
 from stl.linear import STLLinear
 from stl.mlp import STLMLP, fuse_mlps
 from stl.norm_linear import STLNormLinear
+from stl.streaming import Streaming
 
 __all__ = [
     "STLMLP",
@@ -26,6 +27,7 @@ __all__ = [
     "STLMultiheadAttention",
     "STLNormLinear",
     "SettingError",
+    "Streaming",
     "convert",
     "count_flops",
     "fuse_blocks",

@@ -56,7 +56,7 @@ class Basis:
     def _residual(self) -> tuple[float, float]:
         """(‖T − T̂‖², max |T − T̂|), one slice of the tensor at a time so that t = 16 fits in memory."""
         t, squared, largest = self.tile, 0.0, 0.0
-        eye = torch.eye(t, dtype=torch.float64)
+        eye = torch.eye(t, dtype=torch.float64, device="cpu")  # as in `_build`
         for i in range(t):
             for k in range(t):
                 # The slice of T that X[i, k] multiplies: W[k, j] goes to Y[i, j].
@@ -93,7 +93,7 @@ class Basis:
         Channel q reads rows ≤ p(q) of a tile of X and writes rows ≥ p(q) of one of Y. p(q) is the last row where
         encode_x_q has an entry other than zero; decode_q must have none before it.
         """
-        rows = torch.arange(self.tile)
+        rows = torch.arange(self.tile, device="cpu")  # as in `_build`
         read, written = (m.view(-1, self.tile, self.tile).ne(0).any(2) for m in (self.encode_x, self.decode))
         last = (rows * read).amax(1)
         first = torch.where(written, rows, self.tile).amin(1)

@@ -57,6 +57,7 @@ def convert(
     start: str = "independent",
     calibration: Iterable[Any] | None = None,
     calibrate_basis: bool = False,
+    causal: bool = False,
 ) -> ConversionReport:
     """Swap the linear layers of `model`, in place, for `STLLinear`; attention modules become `STLMultiheadAttention`.
 
@@ -73,6 +74,10 @@ def convert(
             standard error. Without, they are encoded for i.i.d. zero-mean inputs, and the report says so.
         calibrate_basis: with `calibration`, fit each layer's encoder and decoder too, also those that are then frozen
             by `train_basis=False`: a lower error for a longer conversion. The layers no longer hold the named basis.
+        causal: the model's tokens must not see later ones. What would let them is refused: tiles along the tokens
+            with a basis that is not causal (`Basis.causal`). Exact ones are not either, but for `products`: later
+            tokens change their rounding. What is promised is that no earlier output changes, to the bit, where the
+            numbers are finite.
 
     A layer that sees one row a sample, as class heads do, costs r/t² times the dense one: leave it out with `exclude`.
     Models that hand `layer.weight` to a function themselves (some of timm's with a joint query-key-value layer, say)
@@ -82,15 +87,20 @@ def convert(
         A report of the layers swapped, and of those left with the reason.
 
     Raises:
-        SettingError: no such basis, a pattern that matches no linear layer, or a model without any; with `from_dense`
-        a weight that is NaN or infinite; calibration without `from_dense`, without batches, with NaN, or of a model on
-        the meta device; `calibrate_basis` without calibration. The model is then unchanged, as after whatever error the
-        model itself raises on the calibration data. A model that is itself a linear layer cannot be swapped in place:
-        use `STLLinear.from_linear`.
+        SettingError: no such basis, or one that is not causal where it must be; a pattern that matches no linear layer,
+        or a model without any; with `from_dense` a weight that is NaN or infinite; calibration without `from_dense`,
+        without batches, with NaN, or of a model on the meta device; `calibrate_basis` without calibration. The model is
+        then unchanged, as after whatever error the model itself raises on the calibration data. A model that is itself
+        a linear layer cannot be swapped in place: use `STLLinear.from_linear`.
     """
-    get_basis(basis, tile, rank)
+    matrices = get_basis(basis, tile, rank)
     if row_axis not in ROW_AXES:
         raise SettingError(f"row_axis={row_axis!r} is unknown; choose one of {', '.join(ROW_AXES)}")
+    if causal and row_axis == "tokens" and not matrices.causal:
+        raise SettingError(
+            f"causal=True with basis={basis!r} and row_axis='tokens': tokens of a tile would see later ones; use "
+            "basis='causal', which has ranks tile to tile³, or row_axis='batch'"
+        )
     if calibration is not None and not from_dense:
         raise SettingError(
             "calibration with from_dense=False fits nothing: there are no trained weights; pass from_dense=True"

@@ -9,6 +9,7 @@ from stl import kernels
 from stl.basis import Basis, get_basis
 from stl.errors import SettingError
 from stl.functional import ROW_AXES, check_residual, encode_weight, stl_linear
+from stl.stream import Stream
 
 SPEC_BYTES = 96
 STARTS = ("independent", "dense")
@@ -24,7 +25,13 @@ class STLLinear(nn.Module):
 
     - `row_axis="tokens"`: neighbours along axis −2. A 2-D input is (batch, features), as everywhere in PyTorch: each
       sample is then one token, alone in its tile, so that samples never mix.
-    - `row_axis="batch"`: t samples along axis 0 at the same position; nothing passes between positions.
+    - `row_axis="batch"`: t samples along axis 0 at the same position; nothing passes between positions. Where t does
+      not divide the batch, the last tile is filled with samples of zeros, so that fewer than t cost as much as t. The
+      output of a sample may depend on its place among the t and on those beside it, though not where a dense weight is
+      encoded in an exact basis.
+
+    With a causal basis (`Basis.causal`) row i of a tile depends on rows up to i only, and keeps to it: whatever becomes
+    of `encoder` and `decoder`, their entries on the wrong side of the channels' pivots (`Basis.pivots`) count as zero.
 
     With `train_basis=False` encoder and decoder are buffers and stay as they are. `start` says how encoded weights are
     drawn, see `reset_parameters`. The attribute `backend`, "auto", says what computes it, as in `stl_linear`.
@@ -36,7 +43,9 @@ class STLLinear(nn.Module):
     decoder: Tensor
     bias: Tensor | None
     spec: Tensor
+    outside: Tensor | None  # (2, r, t²) bool: rows behind the pivot (no encoder), rows before it (no decoder)
     backend = "auto"
+    stream: Stream | None = None  # what `stl.Streaming` remembers
 
     def __init__(
         self,
@@ -73,6 +82,8 @@ class STLLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(like.new_empty(out_features)) if bias else None)
         # Goes with the weights in every file format, so that a checkpoint of other settings is told apart by name.
         self.register_buffer("spec", self._encode_spec().to(like.device))
+        outside = None if matrices.pivots is None else like.new_empty(2, rank, tile**2, dtype=torch.bool)
+        self.register_buffer("outside", outside)  # in files too, for loaders that know nothing but tensors
         self.reset_parameters()
 
     @property
@@ -119,7 +130,15 @@ class STLLinear(nn.Module):
         basis = get_basis(self.basis, self.tile, self.rank)
         self.encoder.copy_(basis.encode_x)
         self.decoder.copy_(basis.decode)
+        self._reset_outside()
         return basis
+
+    def _reset_outside(self) -> None:
+        """From the basis, whatever a file says."""
+        pivots = get_basis(self.basis, self.tile, self.rank).pivots
+        if self.outside is not None and pivots is not None:
+            rows = torch.arange(self.tile, device=pivots.device).repeat_interleave(self.tile)
+            self.outside.copy_(torch.stack([rows > pivots[:, None], rows < pivots[:, None]]))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, from_dense: bool = True, **settings) -> "STLLinear":
@@ -150,15 +169,22 @@ class STLLinear(nn.Module):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = stl_linear(
-            self.with_rows(x),
+        rows, added = self.with_rows(x), self.with_rows_of(x, residual)
+        if self.stream is None or self.row_axis == "batch" or self._has_lone_rows(x):
+            y = self._compute(rows, added)
+        else:
+            y = self.stream(rows, added, self._compute)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _compute(self, rows: Tensor, residual: Tensor | None) -> Tensor:
+        return stl_linear(
+            rows,
             *self.tensors(),
             row_axis=self.row_axis,
             out_features=self.out_features,
             backend=self.backend,
-            residual=self.with_rows_of(x, residual),
+            residual=residual,
         )
-        return y.view(*x.shape[:-1], self.out_features)
 
     def with_rows(self, x: Tensor) -> Tensor:
         """x as `stl_linear` takes it: where its rows are samples of one token each, every row a matrix of its own.
@@ -179,11 +205,20 @@ class STLLinear(nn.Module):
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What it computes with: weight, encoder, decoder and bias."""
-        return self.weight, self.encoder, self.decoder, self.bias
+        return self.weight, *self.within_pivots(self.encoder, self.decoder), self.bias
+
+    def within_pivots(self, encoder: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor]:
+        """An encoder and a decoder (r, t²), with zeros where a causal basis must have them; others as they are."""
+        if self.outside is None:
+            return encoder, decoder
+        return encoder.masked_fill(self.outside[0], 0), decoder.masked_fill(self.outside[1], 0)
 
     def uses_kernels(self, x: Tensor) -> bool:
-        """Whether kernels compute it for this x; raises SettingError where it asks for kernels that there are not."""
-        return kernels.use_triton(self.backend, x, self.tile, self.rank)
+        """Whether kernels may compute it for this x together with its neighbours; not while it streams.
+
+        Raises SettingError where it asks for kernels that there are not.
+        """
+        return self.stream is None and kernels.use_triton(self.backend, x, self.tile, self.rank)
 
     def extra_repr(self) -> str:
         return (
@@ -215,6 +250,7 @@ class STLLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._reset_outside()
 
 
 def _decode_spec(spec: Tensor) -> str:

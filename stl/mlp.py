@@ -82,6 +82,8 @@ class STLMLP(nn.Module):
 
     def uses_kernels(self, x: Tensor) -> bool:
         """As that of a layer."""
+        if any(layer.stream is not None for layer in self.layers):
+            return False
         return kernels.use_triton(self.backend, x, self.layers[0].tile, max(layer.rank for layer in self.layers))
 
     def _by_kernels(self, x: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:

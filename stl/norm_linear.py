@@ -32,7 +32,8 @@ class STLNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         linear, norm = self.linear, self.norm
-        if not (fits(linear) and kernels.use_triton(self.backend, x, linear.tile, linear.rank)):
+        alone = linear.stream is not None or not fits(linear)
+        if alone or not kernels.use_triton(self.backend, x, linear.tile, linear.rank):
             return linear(norm(x))
         parts = Norm(norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, nn.LayerNorm))
         return norm_linear(parts, linear, x, self.backend, None)

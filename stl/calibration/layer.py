@@ -69,7 +69,7 @@ class _Fit:
     """One layer with its fitted and its held-out rows."""
 
     def __init__(self, layer: STLLinear, dense: Tensor, tiles: Tiles) -> None:
-        encoder, decoder = layer.encoder.to(tiles.rows), layer.decoder.to(tiles.rows)
+        encoder, decoder = (tensor.to(tiles.rows) for tensor in layer.within_pivots(layer.encoder, layer.decoder))
         held = tiles.held_out
         self._layer, self._dense = layer, dense
         self._fitted = Problem(tiles.rows[~held], tiles.valid[~held], encoder, decoder)
@@ -206,12 +206,14 @@ def _fit_basis(layer: STLLinear, fit: _Fit, tiles: Tiles) -> None:
     for _ in range(BASIS_STEPS):
         some = torch.randint(len(rows), (min(BASIS_TILES, len(rows)),), generator=generator).to(rows.device)
         with torch.enable_grad():
-            wrong = stl_linear(rows[some], *fitted, backend="torch") - rows[some] @ dense
+            basis = layer.within_pivots(*fitted[1:])
+            wrong = stl_linear(rows[some], fitted[0], *basis, backend="torch") - rows[some] @ dense
             loss = (wrong * valid[some] * true_columns).square().mean() / unit
             gradients = torch.autograd.grad(loss, fitted)
         for tensor, gradient in zip(fitted, gradients, strict=True):
             tensor.grad = gradient
         optimizer.step()
         scheduler.step()
-    layer.encoder.copy_(fitted[1])
-    layer.decoder.copy_(fitted[2])
+    encoder, decoder = layer.within_pivots(*fitted[1:])
+    layer.encoder.copy_(encoder)
+    layer.decoder.copy_(decoder)

@@ -1,0 +1,49 @@
+"""The rows that a layer has seen of a sequence that comes in parts, as far as it needs them again."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stl.errors import SettingError
+
+
+class Stream:
+    """Cuts tiles as if all parts came at once: the incomplete last tile is kept, and computed again with what follows.
+
+    `seen` rows have come, of which the last `seen` mod t are kept. `calls` counts the parts, and is set back by whom it
+    serves.
+    """
+
+    def __init__(self, name: str, tile: int) -> None:
+        self.name, self._tile = name, tile
+        self.reset()
+
+    def reset(self) -> None:
+        self.seen = self.calls = 0
+        self._kept: Tensor | None = None
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, compute: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> Tensor:
+        """What `compute` gives for n new rows x (..., n, k), and a residual of them (..., n, m): (..., n, m).
+
+        Raises SettingError where other axes than the rows changed since the last part.
+        """
+        kept = x[..., :0, :] if self._kept is None else self._kept
+        if kept.shape[:-2] != x.shape[:-2]:
+            raise SettingError(
+                f"layer {self.name!r} was streaming sequences of shape {tuple(kept.shape[:-2])} and got "
+                f"{tuple(x.shape[:-2])}; use reorder(index) to choose or repeat sequences, reset() for others"
+            )
+        rows, before = torch.cat([kept, x], -2), kept.shape[-2]
+        y = compute(rows, None if residual is None else F.pad(residual, (0, 0, before, 0)))
+        self.calls += 1
+        self.seen += x.shape[-2]
+        self._kept = rows[..., rows.shape[-2] - self.seen % self._tile :, :].clone()
+        return y[..., before:, :].contiguous()
+
+    def reorder(self, index: Tensor) -> None:
+        if self._kept is not None:
+            self._kept = self._kept.index_select(0, index.to(self._kept.device))
