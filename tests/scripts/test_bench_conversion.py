@@ -97,7 +97,7 @@ def test_an_exact_basis_keeps_what_the_model_knows(trained):
     [
         (["--images", "0"], "--images 0 must be a positive number"),
         (["--bases", "walsh"], "--bases walsh: choose among als, "),
-        (["--tiles", "5", "--bases", "als"], "--bases als: choose among frame, "),
+        (["--tiles", "5", "--bases", "als"], "--bases als: choose among causal, frame, "),
         (["--tiles", "5", "--bases", "frame"], "--tiles 5 has no list of ranks, only 2, 3, 4; give --ranks"),
         (["--bases", "strassen"], "--bases strassen have none of the ranks asked for at --tiles 4; give other --ranks"),
         (["--device", "cuda"], "there is no GPU; --device cpu measures the CPU"),

@@ -100,7 +100,7 @@ def test_a_missing_rank_is_answered_with_what_exists():
         "basis='als' has no tile=4 rank=17",
         "tile=2: rank 4-7",
         "tile=4: rank 16, 20, 24",
-        "tile=4 rank=17 exists in: frame, ",
+        "tile=4 rank=17 exists in: causal, frame, ",
     ):
         assert text in str(caught.value)
 

@@ -277,7 +277,7 @@ def test_device_dtype_and_mode_are_kept(placed, from_dense):
     [
         ({"basis": "no"}, ["basis='no' is unknown; choose one of", "strassen"]),
         ({"rank": 15}, ["basis='hadamard' has no tile=4 rank=15", "tile=4: rank 16"]),
-        ({"tile": 3}, ["tile=3 rank=16", "exists in: frame"]),
+        ({"tile": 3}, ["tile=3 rank=16", "exists in: causal, frame"]),
         ({"row_axis": "rows"}, ["row_axis='rows' is unknown; choose one of tokens, batch"]),
         ({"include": "blocks.*"}, ["include='blocks.*' matches no linear layer", "layers.0.self_attn"]),
         ({"exclude": ["*.linear1", "head"]}, ["exclude='head' matches no linear layer"]),
