@@ -1,4 +1,4 @@
-"""What every image source has in common: sizes, loaders, and the names that the rest of the project reads."""
+"""What every source has in common: the batches of a step, loaders, and the place in an epoch; and what images add."""
 
 import math
 from typing import Any
@@ -24,33 +24,26 @@ def at_least(value: Any, least: int) -> bool:
     return isinstance(value, int) and value >= least
 
 
-class ImageDataModule(pl.LightningDataModule):
-    """Base of every source. A subclass sets `name` and `num_classes` when constructed and implements
-    `train_set` and `val_set`.
-
-    Batches are (images, labels): float32 (B, 3, image_size, image_size), normalised, and int64 (B,). Where a source
-    sets `mean` and `std`, its loaders give uint8 in 0…255, a quarter of the bytes, and the device normalises.
+class BatchDataModule(pl.LightningDataModule):
+    """Base of every source. A subclass sets `name` when constructed and implements `train_set` and `val_set`.
 
     Args:
-        image_size: side of the square images, in pixels.
-        batch_size: images an optimizer step, over all devices together.
-        device_batch_size: images that a device takes at a time; a step accumulates as many such batches as it needs.
+        batch_size: samples an optimizer step, over all devices together.
+        device_batch_size: samples that a device takes at a time; a step accumulates as many such batches as it needs.
             None means that each device takes its whole share of `batch_size` at once.
-        eval_batch_size: images an evaluation step, on each device; None means as in training.
+        eval_batch_size: samples an evaluation step, on each device; None means as in training.
         num_workers: worker processes of each loader; 0 loads in the main process.
         pin_memory: copy batches to page-locked memory; has no effect without a GPU.
-        seed: of the order and the augmentation of the training images.
+        seed: of the order and the augmentation of the training samples.
 
-    Checkpoints carry the position in the epoch: a run that goes on takes the images that it would have taken.
+    Checkpoints carry the position in the epoch: a run that goes on takes the samples that it would have taken.
 
     Raises:
         SettingError: one of these is out of range.
     """
 
     name: str  # goes into summary.json as `dataset`
-    num_classes: int
-    mean: Tensor  # (3, 1, 1), of each channel, for images in 0…1
-    std: Tensor
+    unit = "samples"  # what messages call them
 
     loader_class: type[DataLoader] = DataLoader
     collate = staticmethod(default_collate)
@@ -58,7 +51,6 @@ class ImageDataModule(pl.LightningDataModule):
     def __init__(
         self,
         *,
-        image_size: int,
         batch_size: int = 128,
         device_batch_size: int | None = None,
         eval_batch_size: int | None = None,
@@ -67,12 +59,10 @@ class ImageDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        require(at_least(image_size, 1), "image_size", image_size, "a positive number of pixels")
-        require(at_least(batch_size, 1), "batch_size", batch_size, "a positive number of images")
+        require(at_least(batch_size, 1), "batch_size", batch_size, f"a positive number of {self.unit}")
         for name, value in (("device_batch_size", device_batch_size), ("eval_batch_size", eval_batch_size)):
-            require(value is None or at_least(value, 1), name, value, "a positive number of images, or null")
+            require(value is None or at_least(value, 1), name, value, f"a positive number of {self.unit}, or null")
         require(at_least(num_workers, 0), "num_workers", num_workers, "0 (load in the main process) or more")
-        self.image_size = image_size
         self.batch_size = batch_size
         self.device_batch_size = device_batch_size
         self.eval_batch_size = eval_batch_size
@@ -102,7 +92,7 @@ class ImageDataModule(pl.LightningDataModule):
             self.val_data = self.val_set()
 
     def split(self, devices: int) -> tuple[int, int]:
-        """(images that each of `devices` takes at a time, batches that a step accumulates); their product times
+        """(samples that each of `devices` takes at a time, batches that a step accumulates); their product times
         `devices` is `batch_size`. Raises `SettingError` where there is no such split."""
         share = self.device_batch_size or max(1, self.batch_size // devices)
         steps, rest = divmod(self.batch_size, share * devices)
@@ -114,21 +104,6 @@ class ImageDataModule(pl.LightningDataModule):
             )
         return share, steps
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Normalises uint8 images; the trainer calls this when the batch is on the device."""
-        images, labels = batch
-        if images.dtype == torch.uint8:
-            assert self.trainer is not None
-            # what the trainer does to floating-point batches, too early for these
-            images = self.trainer.precision_plugin.convert_input(self.normalise(images))
-        return images, labels
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) in 0…255 → float32, scaled to 0…1, less `mean`, divided by `std`."""
-        # Kept there: a copy in every step would make the CPU wait for the GPU.
-        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
-
     def state_dict(self) -> dict[str, Any]:
         """The position in the epoch, for a checkpoint that is written between two optimizer steps."""
         assert self.trainer is not None
@@ -139,7 +114,7 @@ class ImageDataModule(pl.LightningDataModule):
         return {"epoch": epochs.processed, "batches": batches, **self._reading()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises `SettingError` where the middle of an epoch was reached in another division of the images."""
+        """Raises `SettingError` where the middle of an epoch was reached in another division of the samples."""
         if state_dict["batches"] and (
             changed := [
                 f"{key} was {state_dict.get(key)}, is {now}"
@@ -148,7 +123,7 @@ class ImageDataModule(pl.LightningDataModule):
             ]
         ):
             raise SettingError(
-                f"the checkpoint stands in the middle of epoch {state_dict['epoch']}, and its images are divided "
+                f"the checkpoint stands in the middle of epoch {state_dict['epoch']}, and its {self.unit} are divided "
                 f"otherwise now: {'; '.join(changed)}; make them agree, or go on from a checkpoint of a whole epoch"
             )
         self._position = {key: state_dict[key] for key in ("epoch", "batches")}
@@ -184,7 +159,7 @@ class ImageDataModule(pl.LightningDataModule):
         if devices == 1:
             return self._loader(self.val_data, batch_size=batch_size)
         sampler = UnrepeatedDistributedSampler(self.val_data, devices, device, shuffle=False)
-        fewest, most = len(self.val_data) // devices, math.ceil(len(self.val_data) / devices)  # images of a device
+        fewest, most = len(self.val_data) // devices, math.ceil(len(self.val_data) / devices)  # samples of a device
         while math.ceil(fewest / batch_size) < math.ceil(most / batch_size):
             batch_size += 1  # a device with one batch more would wait in it for the others
         return self._loader(self.val_data, batch_size=batch_size, sampler=sampler)
@@ -203,3 +178,44 @@ class ImageDataModule(pl.LightningDataModule):
             generator=torch.Generator(),  # PyTorch's own would move each time that a loader is started
             **options,
         )
+
+
+class ImageDataModule(BatchDataModule):
+    """Base of every source of images. A subclass sets `name` and `num_classes` when constructed and implements
+    `train_set` and `val_set`.
+
+    Batches are (images, labels): float32 (B, 3, image_size, image_size), normalised, and int64 (B,). Where a source
+    sets `mean` and `std`, its loaders give uint8 in 0…255, a quarter of the bytes, and the device normalises.
+
+    Args:
+        image_size: side of the square images, in pixels.
+        **loading: the further arguments of `BatchDataModule`.
+
+    Raises:
+        SettingError: one of these is out of range.
+    """
+
+    num_classes: int
+    mean: Tensor  # (3, 1, 1), of each channel, for images in 0…1
+    std: Tensor
+    unit = "images"
+
+    def __init__(self, *, image_size: int, **loading: Any) -> None:
+        super().__init__(**loading)
+        require(at_least(image_size, 1), "image_size", image_size, "a positive number of pixels")
+        self.image_size = image_size
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Normalises uint8 images; the trainer calls this when the batch is on the device."""
+        images, labels = batch
+        if images.dtype == torch.uint8:
+            assert self.trainer is not None
+            # what the trainer does to floating-point batches, too early for these
+            images = self.trainer.precision_plugin.convert_input(self.normalise(images))
+        return images, labels
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) in 0…255 → float32, scaled to 0…1, less `mean`, divided by `std`."""
+        # Kept there: a copy in every step would make the CPU wait for the GPU.
+        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        return images.float().div_(255).sub_(self.mean).div_(self.std)

@@ -5,13 +5,11 @@ import os
 import shutil
 import tarfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torchvision.datasets.imagenet import (
     ARCHIVE_META,
     parse_devkit_archive,
@@ -21,6 +19,7 @@ from torchvision.datasets.imagenet import (
 
 from data.datamodule import require
 from data.image_folder import ImageFolder
+from data.locks import locked
 from stl.errors import SettingError
 
 log = logging.getLogger(__name__)
@@ -62,14 +61,12 @@ def unpack(root: Path) -> None:
     """Make the missing ones of `train/` and `val/` from the archives; raises `SettingError` where that fails.
 
     Every process of a run may call this at once: the first takes a lock, and the others wait and find the work done.
-    The lock is a file's, and not a matter of ranks, because data are opened before the processes have met, and because
-    it is right both for a root that several hosts share and for one on each host. It ends with the process.
     """
     if not _missing(root):
         return
     _check(root)
     try:
-        with _locked(root):
+        with locked(root / ".unpack.lock", f"unpacks {root}"):
             for split in reversed(_missing(root)):  # the small one first: its archives may turn out damaged
                 _unpack_split(root, split)
     except (OSError, RuntimeError, tarfile.TarError) as error:  # torchvision's RuntimeError: not the original archive
@@ -78,20 +75,6 @@ def unpack(root: Path) -> None:
             f"data.root={str(root)!r} could not be unpacked ({reason}): repair the cause and start again, "
             "or set data.root to a folder with train/ and val/"
         ) from error
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    lock = FileLock(root / ".unpack.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        log.info("another process unpacks %s; waiting for it", root)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _missing(root: Path) -> list[str]:

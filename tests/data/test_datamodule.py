@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import TensorDataset
 
 from data.cifar import CIFAR
-from data.datamodule import ImageDataModule
+from data.datamodule import BatchDataModule, ImageDataModule
 from data.digits import Digits
 from data.image_folder import ImageFolder
 from data.shards import Shards
@@ -205,7 +205,8 @@ def test_out_of_range(setting, value, allowed):
 )
 def test_yaml_shows_every_argument(file, source):
     config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{file}.yaml"))
-    parameters = {**inspect.signature(ImageDataModule).parameters, **inspect.signature(source).parameters}
-    del parameters["loading"], parameters["seed"]  # the seed is the run's
+    classes = BatchDataModule, ImageDataModule, source
+    parameters = {name for kind in classes for name in inspect.signature(kind).parameters}
+    parameters -= {"loading", "seed"}  # the seed is the run's
     assert config.pop("_target_") == f"{source.__module__}.{source.__name__}"
-    assert set(config) == set(parameters)
+    assert set(config) == parameters

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import imagenet as reader
 
-from data import imagenet
+from data import imagenet, locks
 from data.imagenet import ARCHIVES, ImageNet, unpack
 from stl.errors import SettingError
 
@@ -183,16 +183,16 @@ def test_of_several_processes_one_unpacks_and_the_others_wait(root):
 
 
 def test_waits_for_the_holder_of_the_lock_and_then_finds_the_work_done(root, monkeypatch):
-    holder = imagenet.FileLock(root / ".unpack.lock")
+    holder = locks.FileLock(root / ".unpack.lock")
     holder.acquire()
 
-    def finish(message: str, *_) -> None:  # the holder's work ends when the waiting is announced
-        assert message.startswith("another process unpacks")
+    def finish(message: str, *values) -> None:  # the holder's work ends when the waiting is announced
+        assert (message % values).startswith("another process unpacks")
         for split in ("train", "val"):
             (root / split).mkdir()
         holder.release()
 
-    monkeypatch.setattr(imagenet.log, "info", finish)
+    monkeypatch.setattr(locks.log, "info", finish)
     unpack(root)
     assert not files(root, "train")
 

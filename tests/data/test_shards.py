@@ -31,7 +31,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 import data.shards
 import data.streams
 import models.t2t_vit  # noqa: F401  registers the published models
-from data.datamodule import ImageDataModule
+from data.datamodule import BatchDataModule, ImageDataModule
 from data.order import derived_seed, seeded
 from data.shards import Shards
 from data.streams import location, read_shard, stream_samples
@@ -129,8 +129,9 @@ def warnings(caplog) -> list[str]:
 
 def test_the_yaml_shows_every_argument_and_gives_batches_of_the_promised_form(root):
     config = OmegaConf.load(CONFIGS / "data" / "imagenet_wds.yaml")
-    parameters = {**inspect.signature(ImageDataModule).parameters, **inspect.signature(Shards).parameters}
-    assert set(config) == set(parameters) - {"loading", "seed"} | {"_target_"}
+    classes = BatchDataModule, ImageDataModule, Shards
+    parameters = {name for kind in classes for name in inspect.signature(kind).parameters}
+    assert set(config) == parameters - {"loading", "seed"} | {"_target_"}
     source = instantiate(config, root=str(root), image_size=16, batch_size=4, num_workers=0)
     assert (source.name, source.num_classes, source.image_size) == ("numbers", 24, 16)
     source.setup()
