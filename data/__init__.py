@@ -1,1 +1,2 @@
-"""Data sources, one file each. A new one subclasses `ImageDataModule` and adds one YAML to `configs/data/`."""
+"""Data sources, one file each. A new one subclasses `ImageDataModule` or `TextDataModule` and adds one YAML to
+`configs/data/`."""

@@ -8,7 +8,8 @@ from stl import SettingError
 
 # What makes a run the run it is; of the data's settings all but those that only say where and how they are read.
 _GROUPS = ("data", "model", "linear", "optimizer", "scheduler", "augment")
-_READING = {"root", "num_workers", "pin_memory", "device_batch_size", "eval_batch_size", "max_unreadable"}
+_WHERE = {"root", "val_root", "packed"}
+_READING = _WHERE | {"num_workers", "pin_memory", "device_batch_size", "eval_batch_size", "max_unreadable"}
 
 
 def starting_point(folder: Path, ckpt_path: str | None, config: dict[str, Any]) -> tuple[dict[str, Any], Path] | None:
