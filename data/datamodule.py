@@ -155,6 +155,7 @@ class BatchDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         device, devices = self._place()
+        self._check_enough(self.val_data, "validation", devices)
         batch_size = self.eval_batch_size or self.split(devices)[0]
         if devices == 1:
             return self._loader(self.val_data, batch_size=batch_size)
@@ -163,6 +164,14 @@ class BatchDataModule(pl.LightningDataModule):
         while math.ceil(fewest / batch_size) < math.ceil(most / batch_size):
             batch_size += 1  # a device with one batch more would wait in it for the others
         return self._loader(self.val_data, batch_size=batch_size, sampler=sampler)
+
+    def _check_enough(self, dataset: Any, kind: str, devices: int) -> None:
+        """Raise `SettingError` where a device would have nothing of it."""
+        if len(dataset) < devices:
+            raise SettingError(
+                f"trainer.devices={devices} are more than the {len(dataset)} {kind} {self.unit}, of which each "
+                "takes one at least; set it lower, or give more data"
+            )
 
     def _place(self) -> tuple[int, int]:
         """This process's number, and how many train together."""

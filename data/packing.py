@@ -184,8 +184,8 @@ def _check_sides(train: Documents, val: Documents | None, about: dict[str, Any])
     """Raise SettingError where one has no documents."""
     if not about["train"]["documents"]:
         raise SettingError(
-            f"{train.setting} leaves no document to train on, of {about['val']['documents']} that are not empty; set it "
-            "to another, or data.val_share lower"
+            f"{train.setting} leaves no document to train on, of {about['val']['documents']} that are not empty; set "
+            "it to another, or data.val_share lower"
         )
     if about["val"]["documents"]:
         return

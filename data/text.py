@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,12 @@ class TextDataModule(BatchDataModule):
     def val_set(self) -> Blocks:
         return self._val
 
+    def train_dataloader(self) -> Any:
+        self._check_enough(self.train_data, "training", self._place()[1])
+        return super().train_dataloader()
+
     def seeded_train_data(self) -> TrainingBlocks:
         return self.train_data  # whose blocks have no randomness
-
-    def _loader(self, dataset: Any, **options: Any) -> Any:
-        if len(dataset) < (devices := self._place()[1]):
-            raise SettingError(
-                f"data.length={self.length} leaves {len(dataset)} blocks of text, fewer than trainer.devices={devices}; "
-                "set it lower, take more text or use fewer devices"
-            )
-        return super()._loader(dataset, **options)
 
     def _reading(self) -> dict[str, Any]:
         checksum = self.counts["train"]["crc32"]
@@ -142,6 +139,12 @@ def _tokenizer(
         return ByteTokenizer()
     if name != "bpe":
         return HubTokenizer(name)
-    texts = (text for text in train if not is_held_out(fingerprint(text), held_out))
     recipe = {"train": train.identity, "held_out": held_out}
-    return BPETokenizer(learn_bpe(texts, vocab_size, characters, recipe, root))
+    return BPETokenizer(learn_bpe(_without(train, held_out), vocab_size, characters, recipe, root))
+
+
+def _without(documents: Documents, held_out: float) -> Iterator[str]:
+    """Those that are not of the held-out share."""
+    for text in documents:
+        if not is_held_out(fingerprint(text), held_out):
+            yield text

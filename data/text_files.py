@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,7 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".xz": lzma.open,
     ".bz2": bz2.open,
-    ".zst": lambda path: optional("zstandard", str(path)).open(path, "rb"),
+    ".zst": lambda path: BufferedReader(optional("zstandard", str(path)).open(path, "rb")),  # it knows no lines itself
 }
 _EXPECTED = "*.txt or *.jsonl, or these with " + ", ".join(filter(None, _OPENERS))
 _CHUNK = 2**22  # bytes
@@ -86,7 +87,7 @@ class FileDocuments:
                 with _OPENERS[packing](path) as file:
                     yield from self._lines(path, file) if kind == ".jsonl" else self._cut(path, file)
             except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:  # gzip's own is an OSError
-                raise self._damaged(path, str(error)) from error
+                raise self._damaged(path, str(error) or type(error).__name__) from error
             except Exception as error:
                 if type(error).__name__ == "ZstdError":  # of a package that may not be there
                     raise self._damaged(path, str(error)) from error

@@ -26,7 +26,7 @@ class Tokenizer(Protocol):
     identity: dict[str, Any]  # in JSON's types; another one where a text may get other ids
 
     def encode(self, texts: list[str]) -> list[Any]:
-        """The ids of each text, a sequence of numbers; nothing is added, and what looks like a special token is text."""
+        """The ids of each text, sequences of numbers; nothing is added, and what looks like a special token is text."""
         ...
 
     def decode(self, ids: list[int]) -> str:

@@ -107,6 +107,15 @@ def test_evaluation_on_several_devices_takes_every_image_once_in_as_many_batches
     assert len({len(part) for part in parts}) == 1
 
 
+def test_more_devices_than_images_to_evaluate_are_an_error():
+    source = ready(3, batch_size=4)
+    Trainer(0, 4, source)
+    with pytest.raises(
+        SettingError, match=r"trainer.devices=4 are more than the 3 validation images, .*; set it lower"
+    ):
+        source.val_dataloader()
+
+
 def bytes_of_51() -> Constant:
     """A fifth of white: normalised 1, 2 and 4."""
     source = ready(4, pixel=torch.tensor(51, dtype=torch.uint8), batch_size=2)
