@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from train import build, describe, one_line_errors
 
 
 @torch.inference_mode()
-def latency(model: nn.Module, batch_size: int, image_size: int, repeats: int) -> float:
-    """Median milliseconds of a forward pass over a batch of random images."""
+def latency(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, repeats: int) -> float:
+    """Median milliseconds of a forward pass over random images (B, 3, H, W), or one token repeated (B, length)."""
     like = next(model.parameters())
-    images = torch.randn(batch_size, 3, image_size, image_size, device=like.device, dtype=like.dtype)
+    make = torch.randn if dtype.is_floating_point else torch.zeros
+    inputs = make(shape, device=like.device, dtype=dtype)
     seconds = []
     for _ in range(3 + repeats):
         if like.is_cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        model(images)
+        model(inputs)
         if like.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -52,12 +54,14 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     if cfg.batch_size:
         trained.data.eval_batch_size = cfg.batch_size
     trained.compile = None  # the latency is that of the model as it stands
-    task, data = build(trained)
+    if trained.get("distillation"):
+        trained.distillation.teacher = None  # of training only
+    task, data = build(trained, fresh=False)
     load_weights(task, checkpoint, path, task.config)
     averaged = averaged_weights(checkpoint) if cfg.averaged else None
     if averaged is not None:
         task.model.load_state_dict(averaged)
-    flops = count_flops(task.model, (3, data.image_size, data.image_size)).to_dict()
+    flops = count_flops(task.model, (1, *data.input_shape), data.input_dtype).to_dict()
     trainer = pl.Trainer(
         accelerator=cfg.accelerator, devices=1, precision=cfg.precision, logger=False, enable_model_summary=False
     )
@@ -65,15 +69,13 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     task.to(trainer.strategy.root_device).eval()
     with trainer.precision_plugin.forward_context():
         latencies = {
-            str(size): latency(task.model, size, data.image_size, cfg.latency.repeats)
+            str(size): latency(task.model, (size, *data.input_shape), data.input_dtype, cfg.latency.repeats)
             for size in cfg.latency.batch_sizes
         }
     figures = {
         "checkpoint": str(path),
         **{key: value for key, value in describe(trained, data).items() if key != "overrides"},
-        "top1": 100 * metrics["top1"],
-        "top5": 100 * metrics["top5"],
-        "val_loss": metrics["val_loss"],
+        **task.figures(metrics),
         **{key: flops[key] for key in ("params", "macs", "dense_macs", "flop_factor")},
         "latency_ms": latencies,
         "device": describe_device(task.device),
@@ -91,7 +93,10 @@ def show(figures: dict[str, Any], target: Path) -> None:
     table = Table("figure", "value", title=f"{figures['model']} on {figures['dataset']}")
     linear = ", ".join(f"{key} {value}" for key, value in figures["linear"].items() if value is not None)
     table.add_row("linear layers", linear)
-    table.add_row("top-1 / top-5", f"{figures['top1']:.2f} % / {figures['top5']:.2f} %")
+    if "top1" in figures:
+        table.add_row("top-1 / top-5", f"{figures['top1']:.2f} % / {figures['top5']:.2f} %")
+    else:
+        table.add_row("perplexity", f"{figures['perplexity']:.3f}")
     table.add_row("validation loss", f"{figures['val_loss']:.4f}")
     table.add_row("parameters", f"{figures['params']:,}")
     for key, label in (("linear", "MACs, linear"), ("total", "MACs, total")):

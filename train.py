@@ -11,11 +11,11 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint
 
-from data.datamodule import ImageDataModule
+from data.datamodule import BatchDataModule
 from models.callbacks import RunSummary
 from models.checkpoint import load_weights
 from models.checkpointing import AtomicCheckpointIO
@@ -24,33 +24,40 @@ from models.processes import one_job
 from models.quiet import quiet
 from models.random_state import RandomState
 from models.resume import starting_point
-from models.task import ClassificationTask
+from models.task import Task
 from stl import SettingError, count_flops
 
 log = logging.getLogger(__name__)
 
 
-def build(cfg: DictConfig) -> tuple[ClassificationTask, ImageDataModule]:
-    """The task and the data module that a configuration describes."""
+# Of models that begin with trained weights: settings without them.
+NO_WEIGHTS = {"weights": None, "calibration": 0, "calibrate_basis": False}
+
+
+def build(cfg: DictConfig, *, fresh: bool = True) -> tuple[Task, BatchDataModule]:
+    """The task and the data module that a configuration describes.
+
+    `fresh`: the model begins as the configuration says; otherwise weights are to be put into it, and it reads none.
+    """
     data = instantiate(cfg.data, seed=cfg.seed)
-    linear = instantiate(cfg.linear)
-    model = instantiate(cfg.model, num_classes=data.num_classes, img_size=data.image_size, linear=linear)
+    kept = {} if fresh else {key: value for key, value in NO_WEIGHTS.items() if key in cfg.model}
+    model = instantiate(cfg.model, linear=instantiate(cfg.linear), **data.for_model, **kept)
     optimizer = instantiate(cfg.optimizer)
     optimizer(model)  # wrong settings show now, not in the middle of a run
-    task = ClassificationTask(
+    kind = cast(type[Task], get_class(cfg.get("task", "models.classification.ClassificationTask")))
+    task = kind.configured(
+        cfg,
         model,
-        num_classes=data.num_classes,
+        data,
         optimizer=optimizer,
         scheduler=instantiate(cfg.scheduler),
-        label_smoothing=cfg.label_smoothing,
-        augment=instantiate(cfg.augment, num_classes=data.num_classes) if cfg.augment else None,
         compile_mode=cfg.compile,
         config=cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
     )
     return task, data
 
 
-def describe(cfg: DictConfig, data: ImageDataModule) -> dict[str, Any]:
+def describe(cfg: DictConfig, data: BatchDataModule) -> dict[str, Any]:
     """The keys of summary.json that are known before training."""
     overrides = sorted(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     return {
@@ -90,10 +97,10 @@ def train(cfg: DictConfig, folder: Path) -> None:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)
-    task, data = build(cfg)
+    task, data = build(cfg, fresh=start is None)
     if start:
         load_weights(task, *start, task.config)
-    flops = count_flops(task.model, (3, data.image_size, data.image_size))
+    flops = count_flops(task.model, (1, *data.input_shape), data.input_dtype)
     summary = RunSummary(folder, describe(cfg, data), flops)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     trainer = instantiate(
@@ -103,7 +110,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=bool(cfg.callbacks.get("progress_bar")),
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        use_distributed_sampler=False,  # the data module divides the images
+        use_distributed_sampler=False,  # the data module divides the samples
         default_root_dir=folder,
     )
     _, trainer.accumulate_grad_batches = data.split(trainer.world_size)
@@ -117,18 +124,22 @@ def train(cfg: DictConfig, folder: Path) -> None:
         factors = ", ".join(f"{name} {value:.2f}" for name, value in flops.flop_factor.items())
         log.info("run folder %s", folder)
         log.info(
-            "%s parameters, %s MACs an image, fewer than dense by: %s", f"{flops.params:,}", f"{flops.total:,}", factors
+            "%s parameters, %s MACs for an input of %s, fewer than dense by: %s",
+            f"{flops.params:,}",
+            f"{flops.total:,}",
+            "×".join(map(str, data.input_shape)),
+            factors,
         )
         if start:
             log.info("going on from %s, after %d steps", start[1], start[0]["global_step"])
     trainer.fit(task, data, ckpt_path=start[1] if start else None, weights_only=True)
     metrics = trainer.callback_metrics
-    if "top1" not in metrics:  # the checkpoint had all its epochs behind it
+    if task.headline not in metrics:  # the checkpoint had all its epochs behind it
         trainer.loggers = []  # the curve has this validation already
         metrics = trainer.validate(task, data, verbose=False)[0]
     summary.write(trainer, metrics)
     if trainer.is_global_zero:
-        log.info("top-1 %.2f %%, written to %s", 100 * metrics["top1"], folder / "summary.json")
+        log.info("%s %.2f, written to %s", task.headline, task.figures(metrics)[task.headline], folder / "summary.json")
 
 
 def one_line_errors(run: Callable[[], None]) -> None:

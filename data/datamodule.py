@@ -44,6 +44,8 @@ class BatchDataModule(pl.LightningDataModule):
 
     name: str  # goes into summary.json as `dataset`
     unit = "samples"  # what messages call them
+    input_shape: tuple[int, ...]  # of a sample as the model takes it
+    input_dtype = torch.float32
 
     loader_class: type[DataLoader] = DataLoader
     collate = staticmethod(default_collate)
@@ -72,6 +74,11 @@ class BatchDataModule(pl.LightningDataModule):
         self._position = {"epoch": 0, "batches": 0}
         self.train_data: Any = None  # Datasets, once `setup` has run
         self.val_data: Any = None
+
+    @property
+    def for_model(self) -> dict[str, Any]:
+        """What building a model needs to know."""
+        raise NotImplementedError
 
     def train_set(self) -> Dataset:
         """The training split, augmented; called once, by `setup`."""
@@ -213,6 +220,11 @@ class ImageDataModule(BatchDataModule):
         super().__init__(**loading)
         require(at_least(image_size, 1), "image_size", image_size, "a positive number of pixels")
         self.image_size = image_size
+        self.input_shape = (3, image_size, image_size)
+
+    @property
+    def for_model(self) -> dict[str, Any]:
+        return {"num_classes": self.num_classes, "img_size": self.image_size}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Normalises uint8 images; the trainer calls this when the batch is on the device."""

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from data.datamodule import BatchDataModule, at_least, require
 from data.documents import Documents, fingerprint, is_held_out
 from data.packing import Blocks, TrainingBlocks, open_side, pack
@@ -62,6 +65,7 @@ class TextDataModule(BatchDataModule):
     """
 
     unit = "sequences"
+    input_dtype = torch.int64
     collate = staticmethod(whole)
 
     def __init__(
@@ -91,6 +95,7 @@ class TextDataModule(BatchDataModule):
         limits = [amount("bpe_characters", bpe_characters), amount("tokens", tokens), amount("val_tokens", val_tokens)]
         self.name = name or train.name
         self.length = length
+        self.input_shape = (length,)
         root = Path(os.path.abspath(os.path.expanduser(packed)))
         held_out = val_share if val is None else 0.0
         self.tokenizer = _tokenizer(tokenizer, bpe_vocab_size, limits[0], train, held_out, root)
@@ -113,6 +118,15 @@ class TextDataModule(BatchDataModule):
                     f"data.length={length} is not possible: {text} has {len(blocks.ids)} tokens, fewer than the "
                     f"{length + 1} of one block; set data.length lower or take more text"
                 )
+
+    @property
+    def for_model(self) -> dict[str, Any]:
+        return {"tokens": self.vocab_size, "length": self.length, "sample": self.sample}
+
+    def sample(self, sequences: int) -> Tensor:
+        """Token ids (sequences, length) from places all over the training text, always the same; at most all blocks."""
+        places = torch.linspace(0, len(self._train) - 1, min(sequences, len(self._train))).round().long()
+        return Blocks.__getitems__(self._train, places.tolist())[0]
 
     def train_set(self) -> TrainingBlocks:
         return self._train

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from models.task import Task
 from stl import FlopReport, SettingError
 
 PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "hydra-core", "numpy")
@@ -25,7 +26,7 @@ class DivergedError(SettingError):
 
 
 class RunSummary(pl.Callback):
-    """Writes flops.json when training starts, and summary.json, with accuracies in percent, when `write` is called;
+    """Writes flops.json when training starts, and summary.json, with the task's figures, when `write` is called;
     diverged.json, with the step and the epoch, where training ends in a DivergedError.
 
     Its clocks run on over interruptions.
@@ -34,7 +35,7 @@ class RunSummary(pl.Callback):
     def __init__(self, folder: Path, facts: dict[str, Any], flops: FlopReport) -> None:
         """`facts` are the keys of the summary that are known beforehand (dataset, model, linear, seed, …)."""
         self.folder, self.facts, self.flops = folder, facts, flops
-        self._images, self._seconds, self._mark = 0, 0.0, 0.0
+        self._amount, self._seconds, self._mark = 0, 0.0, 0.0
         self._earlier, self._began = 0.0, 0.0  # seconds of wall time before the last interruption, start of this part
         self._fresh = True
 
@@ -49,7 +50,7 @@ class RunSummary(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
         if not self._fresh:  # the first batch pays for start-up
-            self._images += len(batch[0]) * trainer.world_size
+            self._amount += pl_module.amount(batch) * trainer.world_size
             self._seconds += now - self._mark
         self._mark, self._fresh = now, False
 
@@ -59,10 +60,10 @@ class RunSummary(pl.Callback):
             write_json(self.folder / "diverged.json", self.facts | place | origin(trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images": self._images, "seconds": self._seconds, "wall_seconds": self._wall_seconds()}
+        return {"images": self._amount, "seconds": self._seconds, "wall_seconds": self._wall_seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._images, self._seconds = state_dict["images"], state_dict["seconds"]
+        self._amount, self._seconds = state_dict["images"], state_dict["seconds"]
         self._earlier = state_dict["wall_seconds"]
 
     def _wall_seconds(self) -> float:
@@ -72,16 +73,14 @@ class RunSummary(pl.Callback):
         """Write summary.json from the metrics of the last validation."""
         if not trainer.is_global_zero:
             return
-        counts = self.flops.to_dict()
+        counts, task = self.flops.to_dict(), cast(Task, trainer.lightning_module)
         summary = {
             **self.facts,
-            "top1": 100 * float(metrics["top1"]),
-            "top5": 100 * float(metrics["top5"]),
-            "val_loss": float(metrics["val_loss"]),
+            **task.figures(metrics),
             "params": self.flops.params,
             **{key: counts[key] for key in ("macs", "dense_macs", "flop_factor")},
             "epochs": trainer.current_epoch,
-            "images_per_second": self._images / self._seconds if self._seconds else None,
+            f"{task.unit}_per_second": self._amount / self._seconds if self._seconds else None,
             "wall_seconds": self._wall_seconds(),
             **origin(trainer),
         }
@@ -90,13 +89,14 @@ class RunSummary(pl.Callback):
 
 def origin(trainer: pl.Trainer) -> dict[str, Any]:
     """When, where and with what a run was."""
+    packages = (*PACKAGES, *cast(Task, trainer.lightning_module).packages)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": describe_device(trainer.strategy.root_device),
         "devices": trainer.world_size,
         "precision": str(trainer.precision),
         "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
 
 

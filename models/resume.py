@@ -7,7 +7,7 @@ from models.checkpoint import load_checkpoint, newest_first
 from stl import SettingError
 
 # What makes a run the run it is; of the data's settings all but those that only say where and how they are read.
-_GROUPS = ("data", "model", "linear", "optimizer", "scheduler", "augment")
+_GROUPS = ("data", "model", "linear", "optimizer", "scheduler", "augment", "distillation")
 _WHERE = {"root", "val_root", "packed"}
 _READING = _WHERE | {"num_workers", "pin_memory", "device_batch_size", "eval_batch_size", "max_unreadable"}
 
@@ -59,7 +59,7 @@ def _differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
         if saved.get(key) != ours[key]
     ]
     for group in _GROUPS:
-        theirs, own = saved.get(group) or {}, ours[group] or {}
+        theirs, own = saved.get(group) or {}, ours.get(group) or {}
         for key in dict.fromkeys([*theirs, *own]):
             if not (group == "data" and key in _READING) and theirs.get(key) != own.get(key):
                 changed.append(f"{group}.{key} was {theirs.get(key)}, is {own.get(key)}")

@@ -1,44 +1,45 @@
-"""The LightningModule: image classification with one model, one optimizer and one schedule."""
+"""What all LightningModules here have in common: one model, one optimizer and one schedule."""
 
-from collections.abc import Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from models.compiling import compile_model, overwrites_gradients
 from models.sharding import shard
 from stl import SettingError, fuse_mlps
 
 
-class ClassificationTask(pl.LightningModule):
-    """Cross-entropy training and top-1/top-5 validation of `model` on (images, labels) batches.
+class Task(pl.LightningModule, ABC):
+    """Training and validation of `model`, on batches (inputs, targets) of which it takes the inputs.
+
+    A subclass has the methods below and a `validation_step`; a configuration names it under `task`.
 
     Args:
         optimizer: makes the optimizer, from the model.
         scheduler: makes the schedule, from the optimizer and the keywords `epochs` and `steps_per_epoch`; it is
             stepped with `step_update(number of steps done)`.
-        augment: (images, labels) → (images, soft targets), applied to training batches on their device.
         compile_mode: torch.compile's mode, one of `models.compiling.MODES`; None does not compile.
         config: the resolved configuration; it travels in every checkpoint, so that one file says what it is.
     """
+
+    headline: ClassVar[str]  # of the metrics of a validation
+    unit: ClassVar[str]  # of what is counted a second
+    packages: ClassVar[tuple[str, ...]] = ()  # that a summary gives the versions of, beside those of all tasks
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        num_classes: int,
         optimizer: Callable[[nn.Module], Optimizer],
         scheduler: Callable[..., Any],
-        label_smoothing: float = 0.0,
-        augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         compile_mode: str | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
@@ -47,22 +48,32 @@ class ClassificationTask(pl.LightningModule):
         fuse_mlps(self.model)  # the names of its parameters stay
         self.compile_mode = compile_mode
         compile_model(self.model, compile_mode)
-        self.label_smoothing = label_smoothing
-        self._augment = augment
         self.config = config or {}
         self._optimizer, self._scheduler = optimizer, scheduler
         self.train_loss = MeanMetric()  # its state goes into checkpoints, also in the middle of an epoch
         self.train_loss.persistent(True)
-        self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
-        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+    @classmethod
+    @abstractmethod
+    def configured(cls, cfg: Any, model: nn.Module, data: Any, **settings: Any) -> "Task":
+        """As a whole configuration says, for a model and a data module made from it; `settings` are those of `Task`."""
+
+    @abstractmethod
+    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """What training lowers."""
+
+    @abstractmethod
+    def figures(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """What summaries have of the metrics of a validation."""
+
+    @staticmethod
+    def amount(batch: tuple[Tensor, Tensor]) -> int:
+        """How many of `unit` there are in a batch."""
+        return len(batch[0])
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        images, targets = batch if self._augment is None else self._augment(*batch)
-        loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing)
-        self.train_loss.update(loss.detach(), len(images))
+        loss = self._loss(batch)
+        self.train_loss.update(loss.detach(), len(batch[0]))
         self.log("loss", loss, prog_bar=True, logger=False)
         return loss
 
@@ -72,16 +83,6 @@ class ClassificationTask(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics({"train_loss": float(loss), "epoch": self.current_epoch}, step=self.global_step - 1)
         self.train_loss.reset()
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        images, labels = batch
-        logits = self(images)
-        self.top1(logits, labels)
-        self.top5(logits, labels)
-        loss = F.cross_entropy(logits, labels)
-        self.log("val_loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
-        self.log("top1", self.top1, prog_bar=True, batch_size=len(images))
-        self.log("top5", self.top5, batch_size=len(images))
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.model, FSDPModule):

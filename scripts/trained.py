@@ -41,7 +41,7 @@ def build(config: Any) -> tuple[nn.Module, ImageDataModule]:
     """The model that a configuration describes, as it is before training, and its data."""
     data = instantiate(config.data, seed=config.seed)
     linear = instantiate(config.linear)
-    return instantiate(config.model, num_classes=data.num_classes, img_size=data.image_size, linear=linear), data
+    return instantiate(config.model, linear=linear, **data.for_model), data
 
 
 def batches_of(data: ImageDataModule, split: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -161,12 +161,13 @@ def own_count(name: str, layer: CountedLinear, shape: Sequence[int], params: int
     )
 
 
-def count_flops(model: nn.Module, input_shape: Sequence[int]) -> FlopReport:
+def count_flops(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype | None = None) -> FlopReport:
     """Count the MACs of one forward pass in evaluation mode, from shapes alone: nothing is computed.
 
-    `input_shape` is the shape of the model's one float input with its batch axis; for an image model (3, H, W) is
-    taken as a batch of one. Linear layers, also those of `convert`ed models, have a row each, and so has the rest of
-    every module that multiplies matrices or convolves. Recurrent layers (LSTM, GRU) are not counted.
+    `input_shape` is the shape of the model's one input with its batch axis; for an image model (3, H, W) is taken as a
+    batch of one. `dtype` is the input's, torch.int64 for token ids, and that of the parameters by default. Linear
+    layers, also those of `convert`ed models, have a row each, and so has the rest of every module that multiplies
+    matrices or convolves. Recurrent layers (LSTM, GRU) are not counted.
 
     Raises SettingError where the model does not take an input of this shape.
     """
@@ -176,7 +177,7 @@ def count_flops(model: nn.Module, input_shape: Sequence[int]) -> FlopReport:
     reasons, cause = [], None
     for candidate in [shape, (1, *shape)] if len(shape) == 3 else [shape]:
         try:
-            return _count(model, candidate)
+            return _count(model, candidate, dtype)
         except Exception as error:
             reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
             cause = error
@@ -184,7 +185,7 @@ def count_flops(model: nn.Module, input_shape: Sequence[int]) -> FlopReport:
     raise SettingError(f"{type(model).__name__} does not take an input of shape {shape}: {reason}") from cause
 
 
-def _count(model: nn.Module, shape: tuple[int, ...]) -> FlopReport:
+def _count(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None) -> FlopReport:
     params, log = sum(p.numel() for p in model.parameters()), logging.getLogger("torch._subclasses.fake_tensor")
     counter, fake = FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(fake):  # takes no memory, and spares the model: some keep tensors of a forward pass
@@ -203,7 +204,7 @@ def _count(model: nn.Module, shape: tuple[int, ...]) -> FlopReport:
             module.register_forward_hook(tally.leave, with_kwargs=True)
         for mode in (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), fake, counter):
             stack.enter_context(mode)
-        model(torch.zeros(shape, device=like.device, dtype=like.dtype))
+        model(torch.zeros(shape, device=like.device, dtype=dtype or like.dtype))
     return FlopReport(shape, tuple(tally.rows), params)
 
 

@@ -23,7 +23,7 @@ CONFIGS = ROOT / "configs"
 QUICK = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1", "data.batch_size=8"]
 QUICK += ["callbacks.progress_bar=null", "trainer.accelerator=cpu"]
 
-TIMES = {"images_per_second", "wall_seconds", "date"}  # what a clock says differs from run to run
+TIMES = {"images_per_second", "tokens_per_second", "wall_seconds", "date"}  # what a clock says differs from run to run
 
 
 def run(folder: Path, *overrides: str) -> dict:
