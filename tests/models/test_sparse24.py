@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from torch import nn
 
-from models.sparse24 import Sparse24Linear, two_of_four
+from models.sparse24 import Sparse24Linear, input_norms, two_of_four
+from stl import SettingError
 
 
 @given(st.integers(1, 5).flatmap(lambda m: st.integers(1, 15).map(lambda k: (m, k))), st.data())
@@ -54,3 +56,37 @@ def test_the_mask_follows_the_weight():
     layer(x).sum().backward()
     optimizer.step()  # to 1, 0, -1, 4: the last, pruned till now, is the largest; of equal ones the first stays
     assert layer(x).item() == 1 - 4
+
+
+def test_wanda_keeps_what_is_large_with_its_input():
+    """Equation (1) of arXiv 2306.11695, row by row, and the gradient through that mask."""
+    torch.manual_seed(0)
+    dense, x = (
+        nn.Linear(12, 5).double(),
+        torch.randn(3, 7, 12, dtype=torch.float64) * torch.logspace(-2, 2, 12).double(),
+    )
+    norms = input_norms(dense, {"it": dense}, [x[:1], x[1:]])["it"]
+    torch.testing.assert_close(norms.double(), x.flatten(0, 1).norm(dim=0))
+    layer = Sparse24Linear(12, 5, decay=0.1, pruning="wanda").double()
+    layer.load_dense(dense.weight, dense.bias, norms)
+    scores = (dense.weight.abs() * x.flatten(0, 1).norm(dim=0)).unflatten(1, (3, 4))
+    mask = (scores >= scores.topk(2, -1).values[..., -1:]).flatten(1)
+    assert not torch.equal(mask, two_of_four(dense.weight))
+    torch.testing.assert_close(layer(x), F.linear(x, dense.weight * mask, dense.bias))
+    (got,) = torch.autograd.grad(layer(x).sum(), layer.weight)
+    torch.testing.assert_close(got, x.sum((0, 1)).expand(5, -1) + 0.1 * ~mask * layer.weight)
+    other = Sparse24Linear(12, 5, pruning="wanda").double()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+
+
+def test_one_shot_pruning_by_magnitude_starts_from_the_dense_weight():
+    dense, layer = nn.Linear(8, 4), Sparse24Linear(8, 4)
+    layer.load_dense(dense.weight, dense.bias)
+    assert torch.equal(layer.pruned(), dense.weight * two_of_four(dense.weight))
+    assert torch.equal(layer.bias, dense.bias)
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    with pytest.raises(SettingError, match="pruning='magnitude' needs no calibration data"):
+        layer.load_dense(dense.weight, None, torch.ones(8))
+    with pytest.raises(SettingError, match="pruning='wanda' needs calibration data"):
+        Sparse24Linear(8, 4, pruning="wanda").load_dense(dense.weight)
