@@ -57,7 +57,7 @@ def convert(
     start: str = "independent",
     calibration: Iterable[Any] | None = None,
     calibrate_basis: bool = False,
-    causal: bool = False,
+    causal: bool | None = None,
 ) -> ConversionReport:
     """Swap the linear layers of `model`, in place, for `STLLinear`; attention modules become `STLMultiheadAttention`.
 
@@ -74,10 +74,10 @@ def convert(
             standard error. Without, they are encoded for i.i.d. zero-mean inputs, and the report says so.
         calibrate_basis: with `calibration`, fit each layer's encoder and decoder too, also those that are then frozen
             by `train_basis=False`: a lower error for a longer conversion. The layers no longer hold the named basis.
-        causal: the model's tokens must not see later ones. What would let them is refused: tiles along the tokens
-            with a basis that is not causal (`Basis.causal`). Exact ones are not either, but for `products`: later
-            tokens change their rounding. What is promised is that no earlier output changes, to the bit, where the
-            numbers are finite.
+        causal: the model's tokens must not see later ones; by default where it generates text, as `can_generate()` of
+            transformers' models says. What would let them is refused: tiles along the tokens with a basis that is not
+            causal (`Basis.causal`). Exact ones are not either, but for `products`: later tokens change their rounding.
+            What is promised is that no earlier output changes, to the bit, where the numbers are finite.
 
     A layer that sees one row a sample, as class heads do, costs r/t² times the dense one: leave it out with `exclude`.
     Models that hand `layer.weight` to a function themselves (some of timm's with a joint query-key-value layer, say)
@@ -96,6 +96,8 @@ def convert(
     matrices = get_basis(basis, tile, rank)
     if row_axis not in ROW_AXES:
         raise SettingError(f"row_axis={row_axis!r} is unknown; choose one of {', '.join(ROW_AXES)}")
+    if causal is None:
+        causal = bool(getattr(model, "can_generate", bool)())
     if causal and row_axis == "tokens" and not matrices.causal:
         raise SettingError(
             f"causal=True with basis={basis!r} and row_axis='tokens': tokens of a tile would see later ones; use "

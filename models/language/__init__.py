@@ -1,0 +1,1 @@
+"""Language models. They need the packages of requirements-llm.txt, which nothing outside this folder imports."""

@@ -1,0 +1,129 @@
+"""LLaMA (Touvron et al., arXiv 2302.13971) as transformers has it, with STL layers as a part of its configuration."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from models.language.groups import check_groups, patterns
+from stl import ConversionReport, SettingError, STLLinear, Streaming, convert
+
+
+class STLLlamaConfig(LlamaConfig):
+    """LLaMA's configuration and `stl`: the arguments of `STLLlamaForCausalLM.convert`, or None where all is dense."""
+
+    model_type = "stl_llama"
+    stl: dict | None = None
+
+
+class STLLlamaForCausalLM(LlamaForCausalLM):
+    """LLaMA with STL layers where `config.stl` says so; without, it is transformers' own, and loads its weights.
+
+    `save_pretrained` and `from_pretrained` keep it as it is. With a causal basis over tokens it streams: what its
+    layers remember of unfinished tiles goes with the cache of keys and values, so that `generate`, beam search and any
+    caller with a cache get what one pass over all tokens gives, up to rounding. With `row_axis="batch"` the sequences
+    of a batch stand beside each other in tiles: they must keep their places while a cache is used.
+
+    Raises:
+        SettingError: an unknown group, or one without layers of its own; all that `stl.convert` raises, as for a basis
+        that is not causal with tiles over tokens. With a cache: one that is no DynamicCache, or whose tokens these
+        layers have not all seen.
+    """
+
+    config_class = STLLlamaConfig
+
+    def __init__(self, config: STLLlamaConfig) -> None:
+        super().__init__(config)
+        if config.stl is not None:
+            self._swap(**config.stl)
+
+    def convert(
+        self, *, from_dense: bool = True, calibration: Any = None, calibrate_basis: bool = False, **stl: Any
+    ) -> ConversionReport:
+        """Swap dense layers, in place; `config.stl` becomes `stl`.
+
+        Args:
+            from_dense, calibration, calibrate_basis: as in `stl.convert`; batches are token ids (B, n), int64.
+            **stl: `groups`, some of `models.language.groups.GROUPS`, ("attention", "mlp") by default; `tile`, `rank`,
+                `basis`, `row_axis`, `train_basis` and `start` as in `stl.convert`.
+        """
+        if self.config.stl is not None:
+            raise SettingError(f"the model is converted already, stl={self.config.stl}; convert a dense one")
+        report = self._swap(**stl, from_dense=from_dense, calibration=calibration, calibrate_basis=calibrate_basis)
+        self.config.stl = stl
+        return report
+
+    def _swap(self, *, groups: Iterable[str] = ("attention", "mlp"), **settings: Any) -> ConversionReport:
+        check_groups(groups, self.config.tie_word_embeddings)
+        return convert(self, include=patterns(groups), causal=True, **settings)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As that of `LlamaForCausalLM`, with its arguments."""
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        with self._stream(past_key_values):
+            head = self.lm_head
+            whole = isinstance(head, STLLinear) and head.row_axis == "tokens"  # its tiles are cut from all tokens
+            output = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=0 if whole else logits_to_keep,
+                **kwargs,
+            )
+        if whole and output.logits is not None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output.logits = output.logits[:, kept]
+        return output
+
+    def _stream(self, cache: Cache | None) -> Any:
+        """What the layers remember beside this cache; nothing to enter where they remember nothing."""
+        if cache is None or not any(_remembers(layer) for layer in self.modules()):
+            return nullcontext()
+        if not isinstance(cache, DynamicCache):
+            raise SettingError(
+                f"past_key_values is a {type(cache).__name__}, and STL layers over tokens go with a DynamicCache only; "
+                "use that, or convert with row_axis='batch'"
+            )
+        if getattr(cache, "stl", None) is None or cache.stl.model is not self:
+            cache.stl = Streaming(self)
+        if cache.stl.seen != cache.get_seq_length():
+            raise SettingError(
+                f"past_key_values holds {cache.get_seq_length()} tokens, and the STL layers have seen {cache.stl.seen} "
+                "with it; a cache must be this model's from its beginning, and cannot be shortened"
+            )
+        return cache.stl
+
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
+        """What `generate` calls when beams go on."""
+        past_key_values.reorder_cache(beam_idx)
+        if hasattr(past_key_values, "stl"):
+            past_key_values.stl.reorder(beam_idx)
+        return past_key_values
+
+
+def _remembers(module: nn.Module) -> bool:
+    return isinstance(module, STLLinear) and module.row_axis == "tokens"
+
+
+AutoConfig.register(STLLlamaConfig.model_type, STLLlamaConfig)
+AutoModelForCausalLM.register(STLLlamaConfig, STLLlamaForCausalLM)

@@ -1,0 +1,37 @@
+"""Small LLaMAs."""
+
+from typing import Any
+
+import torch
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+WAYS = {  # of keeping a converted model causal
+    "tokens": {"basis": "causal", "tile": 4, "rank": 16},
+    "products": {"basis": "products", "tile": 2, "rank": 6},
+    "batch": {"basis": "hadamard", "tile": 4, "rank": 16, "row_axis": "batch"},
+}
+
+
+def llama(stl: dict[str, Any] | None = None, seed: int = 0, **sizes: Any):
+    """In float64, with weights that are not small; with `stl` trained ones, encoded."""
+    from models.language.llama import STLLlamaConfig, STLLlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = STLLlamaConfig(
+        **{**SIZES, "vocab_size": 40, "max_position_embeddings": 64, "eos_token_id": None, **sizes},
+        initializer_range=0.3,
+    )
+    model = STLLlamaForCausalLM(config).double().eval()
+    if stl is not None:
+        model.convert(**stl)
+    return model
+
+
+def ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 40, shape, generator=torch.Generator().manual_seed(seed))

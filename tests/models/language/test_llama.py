@@ -1,0 +1,212 @@
+"""LLaMA with STL layers: causal, the same in parts as at once, and the same from a folder as before."""
+
+import copy
+
+import pytest
+import torch
+from llamas import WAYS, ids, llama
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from stl import STLMLP, SettingError, STLLinear, convert, count_flops, fuse_mlps
+
+transformers = pytest.importorskip("transformers")
+
+LENGTHS = range(1, 14)  # to 3t + 1
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def logits(model, x: Tensor, **options) -> Tensor:
+    return model(x, use_cache=False, **options).logits
+
+
+def assert_close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+def assert_causal(model, x: Tensor, **options) -> None:
+    """Changing token i changes no logit before i, to the bit, and that of i."""
+    before = logits(model, x, **options)
+    for i in range(x.shape[1]):
+        changed = x.clone()
+        changed[:, i] = (changed[:, i] - 2) % 37 + 3
+        after = logits(model, changed, **options)
+        assert torch.equal(after[:, :i], before[:, :i])
+        assert not torch.equal(after[:, i], before[:, i])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_logit_depends_on_a_later_token(way):
+    model = llama(WAYS[way])
+    for n in LENGTHS:
+        assert_causal(model, ids(3, n))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nor_where_sequences_are_padded_or_packed(way):
+    model, x = llama(WAYS[way]), ids(2, 9)
+    padded = torch.ones_like(x)
+    padded[0, :3] = 0
+    hidden, positions = padded == 0, (padded.cumsum(1) - 1).clamp_min(0)
+    before = logits(model, x, attention_mask=padded, position_ids=positions)
+    assert before.isfinite().all()
+    for i in range(9):
+        changed = x.clone()
+        changed[:, i] = 2
+        after = logits(model, changed, attention_mask=padded, position_ids=positions)
+        assert torch.equal(after[:, :i], before[:, :i])
+        assert not torch.equal(after[~hidden[:, i], i], before[~hidden[:, i], i])
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0]]).expand(2, -1)
+    assert_causal(model, x, position_ids=packed)
+
+
+@pytest.mark.parametrize("parts", [[1] * 13, [6, 1, 1, 4, 1]])
+@pytest.mark.parametrize("way", WAYS)
+def test_with_a_cache_it_gives_in_parts_what_it_gives_at_once(way, parts):
+    model, x, cache, got = llama(WAYS[way]), ids(3, 13), None, []
+    for part in x.split(parts, 1):
+        output = model(part, past_key_values=cache)
+        cache = output.past_key_values
+        got.append(output.logits)
+    assert_close(torch.cat(got, 1), logits(model, x))
+    assert all(layer.stream is None for layer in model.modules() if isinstance(layer, STLLinear))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_it_generates_the_same_with_a_cache_and_without(way, batch, options):
+    model, options = llama(WAYS[way]), {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, **options}
+    got, wanted = (model.generate(ids(batch, 3), use_cache=use_cache, **options) for use_cache in (True, False))
+    assert got.shape == (batch, 12)
+    if way != "batch" or not options.get("num_beams"):
+        assert torch.equal(got, wanted)  # beams change places, and tiles over the batch mix their neighbours
+
+
+def test_left_padded_sequences_generate_the_same_with_a_cache_and_without():
+    model, x = llama(WAYS["tokens"]), ids(2, 5)
+    mask = torch.ones_like(x)
+    mask[0, :2] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(x, **options), model.generate(x, use_cache=False, **options))
+
+
+def test_an_exact_basis_over_the_batch_is_the_dense_model_for_any_number_of_sequences():
+    dense = llama()
+    model = copy.deepcopy(dense)
+    model.convert(basis="exact48", tile=4, rank=48, row_axis="batch")
+    for batch in (1, 3, 4, 5):
+        assert_close(logits(model, ids(batch, 7)), logits(dense, ids(batch, 7)))
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids(2, 3), **options), dense.generate(ids(2, 3), **options))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_folder_keeps_it(way, tmp_path):
+    model, x = llama({**WAYS[way], "groups": ["mlp"]}), ids(2, 7)
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    for kind in (type(model), transformers.AutoModelForCausalLM):
+        again = kind.from_pretrained(tmp_path)
+        assert again.config.stl == {**WAYS[way], "groups": ["mlp"]}
+        assert torch.equal(logits(again, x), logits(model, x))
+    assert_causal(again, ids(2, 5))
+
+
+@pytest.mark.parametrize(
+    ("groups", "swapped"),
+    [(["attention"], 8), (["mlp"], 6), (["attention", "mlp"], 14), (["attention", "mlp", "head"], 15)],
+)
+def test_groups_are_switched_one_by_one(groups, swapped):
+    report = llama().convert(**WAYS["tokens"], groups=groups)
+    assert len(report.swapped) == swapped
+    assert ("lm_head" in report.swapped) == ("head" in groups)
+
+
+def test_a_head_of_stl_cuts_its_tiles_from_all_tokens():
+    model, x = llama({**WAYS["tokens"], "groups": ["head"]}), ids(2, 7)
+    whole = logits(model, x)
+    assert_close(logits(model, x, logits_to_keep=2), whole[:, -2:])
+    assert_close(logits(model, x, logits_to_keep=torch.tensor([1, 4])), whole[:, [1, 4]])
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(x, **options), model.generate(x, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("choice", [{}, {"basis": "exact48", "rank": 48}, {"basis": "als", "rank": 32}])
+def test_what_would_let_tokens_see_later_ones_is_refused(choice):
+    reason = "tokens of a tile would see later ones; use basis='causal'.* or row_axis='batch'"
+    with pytest.raises(SettingError, match=reason):
+        llama().convert(**choice)
+    with pytest.raises(SettingError, match=reason):  # also by the function that takes any model
+        convert(llama(), **choice)
+    with pytest.raises(SettingError, match=reason):
+        type(llama())(type(llama().config)(**{**llama().config.to_dict(), "stl": choice}))
+
+
+def test_a_copied_cache_goes_on_for_itself():
+    model, prompt = llama(WAYS["tokens"]), ids(2, 6)
+    cache = model(prompt).past_key_values
+    for seed in (1, 2):
+        more = ids(2, 3, seed=seed)
+        got = model(more, past_key_values=copy.deepcopy(cache)).logits
+        assert_close(got, logits(model, torch.cat([prompt, more], 1))[:, 6:])
+
+
+def test_caches_that_cannot_be_right_are_refused():
+    model, x = llama(WAYS["tokens"]), ids(2, 6)
+    cache = model(x).past_key_values
+    foreign = llama()(x).past_key_values
+    of_another = llama(WAYS["tokens"])(x).past_key_values
+    cache.crop(-1)
+    for wrong, held in ((cache, 5), (foreign, 6), (of_another, 6)):
+        with pytest.raises(SettingError, match=rf"past_key_values holds {held} tokens, and the STL layers have seen"):
+            model(x, past_key_values=wrong)
+    static = transformers.StaticCache(config=model.config, max_cache_len=20)
+    with pytest.raises(SettingError, match="is a StaticCache, and STL layers over tokens go with a Dyn"):
+        model(x, past_key_values=static)
+    with pytest.raises(SettingError, match="the model is converted already"):
+        model.convert(**WAYS["tokens"])
+
+
+@pytest.mark.parametrize("way", [None, *WAYS])
+def test_macs_are_those_of_the_reference(way):
+    model, x = llama(None if way is None else WAYS[way]), ids(3, 10)
+    report = count_flops(model, x.shape, torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        logits(model, x)
+    assert 2 * report.total == counter.get_total_flops()
+    assert report.dense_macs["linear"] == 30 * (2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 36) + 24 * 40)
+
+
+def test_its_mlps_are_found_for_the_kernels():
+    model, x = llama(WAYS["tokens"]), ids(2, 7)
+    wanted = logits(model, x)
+    assert len(fuse_mlps(model)) == 2
+    assert isinstance(model.model.layers[0].mlp, STLMLP)
+    assert_close(logits(model, x), wanted)
+    cache = model(x[:, :5]).past_key_values
+    assert_close(model(x[:, 5:], past_key_values=cache).logits, wanted[:, 5:])
+
+
+def test_training_keeps_it_causal():
+    model = llama(WAYS["tokens"]).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.3)
+    with torch.enable_grad():
+        for seed in range(3):
+            optimizer.zero_grad()
+            model(ids(2, 9, seed=seed), labels=ids(2, 9, seed=seed)).loss.backward()
+            optimizer.step()
+    assert_causal(model.eval(), ids(2, 13))
+
+
+@pytest.mark.parametrize("groups", [[], ["attn"]])
+def test_unknown_groups_are_named(groups):
+    with pytest.raises(SettingError, match=r"must be some of attention, mlp, head"):
+        llama().convert(groups=groups)
+    with pytest.raises(SettingError, match="the head shares its weight with the embeddings; leave head out"):
+        llama(tie_word_embeddings=True).convert(**WAYS["tokens"], groups=["head"])
