@@ -1,0 +1,108 @@
+"""LLaMA as a configuration describes it: sizes, kind of linear layers, and the weights that it begins with."""
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from models.language.groups import check_groups, patterns
+from models.sparse24 import Sparse24Linear, input_norms
+from stl import SettingError, STLLinear
+from stl.optional import optional
+
+if TYPE_CHECKING:
+    from models.language.llama import STLLlamaForCausalLM
+
+
+def build_llama(
+    name: str,
+    *,
+    tokens: int,
+    length: int,
+    sample: Callable[[int], Tensor],
+    linear: Callable[..., nn.Module] = nn.Linear,
+    linear_groups: Sequence[str] = ("attention", "mlp"),
+    weights: str | None = None,
+    calibration: int = 0,
+    calibrate_basis: bool = False,
+    **sizes: Any,
+) -> "STLLlamaForCausalLM":
+    """A LLaMA, float32, with `linear` in the place of the linear layers of `linear_groups`.
+
+    Args:
+        name: what tables call it.
+        tokens, length: of the data: how many different tokens there are, and how many stand in a sequence.
+        sample: makes token ids (B, length) of training text, for a number B of sequences.
+        linear_groups: some of `models.language.groups.GROUPS`.
+        weights: of a dense model to begin with: a checkpoint of train.py (.ckpt), a model of llama2.c (.bin), a folder
+            or a name on the Hugging Face hub. None draws all weights. STL layers encode them, 2:4 layers prune them.
+        calibration: sequences on which what replaces the dense layers is fitted to them: STL layers to their outputs
+            (`stl.calibration`), the masks of 2:4 layers with pruning=wanda to the sizes of their inputs. 0 does not.
+        calibrate_basis: fit encoders and decoders as well.
+        **sizes: of `transformers.LlamaConfig`; a `vocab_size` of None is that of the data.
+
+    Raises:
+        SettingError: transformers is not installed; the data have more tokens than the model, or longer sequences;
+            weights that cannot be read, or are of other sizes; settings of the linear layers that do not go together.
+    """
+    optional("transformers", f"model.name={name!r}")
+    from huggingface_hub.errors import StrictDataclassError
+
+    from models.language.llama import STLLlamaConfig, STLLlamaForCausalLM
+    from models.language.pretrained import read_weights
+
+    if unknown := set(sizes) - set(STLLlamaConfig.__dataclass_fields__):
+        raise SettingError(f"model.{min(unknown)} is no setting of transformers' LlamaConfig; remove it")
+    try:
+        config = STLLlamaConfig(**{**sizes, "vocab_size": sizes.get("vocab_size") or tokens})
+    except (ValueError, StrictDataclassError) as error:
+        raise SettingError(f"model: {' '.join(str(error).split())}") from error
+    if tokens > config.vocab_size:
+        raise SettingError(f"model.vocab_size={config.vocab_size} is below the {tokens} tokens of data.tokenizer")
+    if length > config.max_position_embeddings:
+        raise SettingError(
+            f"data.length={length} is above model.max_position_embeddings={config.max_position_embeddings}"
+        )
+    for setting in ("calibration", "calibrate_basis"):
+        if locals()[setting] and weights is None:
+            raise SettingError(f"model.{setting}={locals()[setting]} needs trained weights; set model.weights as well")
+    check_groups(linear_groups, config.tie_word_embeddings)
+    model = STLLlamaForCausalLM(config) if weights is None else read_weights(weights, config)
+    keywords = dict(linear.keywords) if isinstance(linear, partial) else {}
+    kind = linear.func if isinstance(linear, partial) else linear
+    batches = list(sample(calibration).split(8)) if calibration else None
+    if kind is STLLinear:
+        model.convert(
+            groups=list(linear_groups),
+            from_dense=weights is not None,
+            calibration=batches,
+            calibrate_basis=calibrate_basis,
+            **keywords,
+        )
+    elif kind is not nn.Linear:
+        _swap(model, patterns(linear_groups), linear, weights is not None, batches)
+    return model.train()
+
+
+def _swap(
+    model: nn.Module, include: list[str], linear: Callable[..., nn.Module], trained: bool, batches: list[Tensor] | None
+) -> None:
+    """Rivals in the place of linear layers, in place, drawn as they were or with their weights."""
+    dense = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in include)
+    }
+    norms = input_norms(model, dense, batches) if batches else {}
+    for name, layer in dense.items():
+        rival = linear(layer.in_features, layer.out_features, layer.bias is not None)
+        if not trained:
+            rival.reset_parameters(std=layer.weight.std(correction=0).item())  # type: ignore[operator]
+        elif isinstance(rival, Sparse24Linear):
+            rival.load_dense(layer.weight, layer.bias, norms.get(name))
+        else:
+            raise SettingError(f"linear={type(rival).__name__} cannot begin with model.weights; set them to null")
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, rival)

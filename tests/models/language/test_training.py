@@ -1,0 +1,212 @@
+"""Language models as train.py trains them: every experiment, going on after an interruption, and wrong settings."""
+
+import csv
+import json
+import re
+import shutil
+import sys
+from math import exp
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from llamas import SIZES
+from running import CONFIGS, QUICK, TIMES, run
+from texts import stories
+
+import eval as evaluation
+from stl import SettingError
+
+EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiment/llm/*_*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    """A small LLaMA on small texts."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "all.txt").write_text("|".join(stories(0, 90)))
+    sizes = {"max_position_embeddings": 64, **SIZES, "num_hidden_layers": 1}
+    return [
+        *QUICK,
+        f"data.root={folder}",
+        "data.separator='|'",
+        "data.val_share=0.1",
+        "data.tokenizer=bytes",
+        "data.length=18",
+        f"data.packed={folder / 'packed'}",
+        "data.num_workers=0",
+        "data.device_batch_size=4",
+        "trainer.precision=32-true",
+        "logger=csv",
+        *(f"model.{key}={value}" for key, value in sizes.items()),
+    ]
+
+
+@pytest.fixture(scope="module")
+def dense(words, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    run(folder, "experiment=llm/small_dense", *words, "trainer.limit_train_batches=6", "trainer.max_epochs=2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(dense, tmp_path_factory) -> Path:
+    """The same, untied, in a folder of transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=257, rms_norm_eps=1e-5, **{**SIZES, "num_hidden_layers": 1})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_takes_one_step_from_trained_weights(experiment, words, dense, pretrained, tmp_path):
+    own = [f"model.weights={dense / 'checkpoints' / 'last.ckpt'}"]
+    if experiment.startswith("tinyllama"):
+        own = ["data=text", f"model.weights={pretrained}", "model.vocab_size=257"]
+    kind = experiment.partition("_")[2]
+    if kind != "dense":
+        own += ["model.calibration=8", "model.linear_groups=[attention]"]
+    summary = run(tmp_path, f"experiment=llm/{experiment}", *words, *own)
+    assert summary["linear"]["type"] == kind
+    assert summary["perplexity"] == pytest.approx(exp(summary["val_loss"]))
+    rows = json.loads((tmp_path / "flops.json").read_text())["layers"]
+    assert summary["macs"]["total"] == sum(row["macs"] for row in rows)
+    assert sum(row["kind"] == kind for row in rows) == {"dense": 8}.get(kind, 4)
+    assert summary["flop_factor"]["core"] == (64 / summary["linear"]["rank"] if kind == "stl" else 1)
+
+
+def test_the_configured_sizes_of_tinyllama_are_those_of_its_own_file():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", ["experiment=llm/tinyllama_dense"])
+    assert cfg.data._target_ == "data.hub_text.HubText"
+    model = {key: cfg.model[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    assert model == {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+    assert (cfg.model.num_attention_heads, cfg.model.num_key_value_heads) == (32, 4)
+    assert (cfg.model.max_position_embeddings, cfg.model.rms_norm_eps) == (2048, 1e-5)
+    assert cfg.model.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_the_run_folder_holds_what_scripts_rely_on(dense):
+    summary = json.loads((dense / "summary.json").read_text())
+    keys = {
+        "dataset",
+        "model",
+        "linear",
+        "perplexity",
+        "val_loss",
+        "params",
+        "macs",
+        "dense_macs",
+        "flop_factor",
+        "epochs",
+    }
+    assert keys < set(summary)
+    assert summary["tokens_per_second"] > 0
+    assert summary["versions"]["transformers"]
+    assert {"top1", "images_per_second"}.isdisjoint(summary)
+    rows = list(csv.DictReader((dense / "metrics.csv").open()))
+    assert {"epoch", "step", "train_loss", "val_loss", "perplexity"} <= set(rows[0])
+    losses = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_that_was_stopped_ends_as_it_would_have_without_the_dense_weights(words, dense, tmp_path):
+    weights = shutil.copy(dense / "checkpoints" / "last.ckpt", tmp_path / "dense.ckpt")
+    own = ["trainer.max_epochs=2", "trainer.limit_train_batches=4", "callbacks.checkpoint.every_steps=3"]
+    own += [f"model.weights={weights}", "model.calibration=8", "model.linear_groups=[mlp]", "linear.rank=20"]
+    own += ["callbacks.checkpoint.keep=9", "experiment=llm/small_stl"]
+    whole = run(tmp_path / "whole", *words, *own)
+    names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").glob("0*.ckpt"))
+    middle = tmp_path / "stopped" / "checkpoints" / names[len(names) // 2]
+    middle.parent.mkdir(parents=True)
+    shutil.copy(tmp_path / "whole" / "checkpoints" / middle.name, middle)
+    weights.unlink()
+    again = run(tmp_path / "stopped", *words, *own)
+    assert {k: v for k, v in again.items() if k not in TIMES} == {k: v for k, v in whole.items() if k not in TIMES}
+    one, other = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_a_checkpoint_is_evaluated(words, dense):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("eval", [f"ckpt={dense / 'checkpoints' / 'last.ckpt'}", "latency.repeats=1", "accelerator=cpu"])
+    figures, _ = evaluation.evaluate(cfg)
+    assert figures["val_loss"] > 0
+    assert set(figures["latency_ms"]) == {"1", "32"}
+
+
+def test_distillation_learns_from_the_teachers_logits(words, dense, tmp_path):
+    from models.language.distillation import Distillation
+    from models.language.llama import STLLlamaConfig
+
+    teacher = str(dense / "checkpoints" / "last.ckpt")
+    words = [*words, "experiment=llm/small_stl", f"model.weights={teacher}", "model.calibration=0", "linear.rank=20"]
+    without, with_ = run(tmp_path / "a", *words), run(tmp_path / "b", *words, f"distillation.teacher={teacher}")
+    assert with_["val_loss"] != without["val_loss"]
+
+    sizes = {**SIZES, "num_hidden_layers": 1, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    student = STLLlamaConfig(vocab_size=257, max_position_embeddings=64, **sizes)
+    distil = Distillation(teacher, student=student, weight=0.25, temperature=2.0)
+    ids, logits = torch.randint(256, (2, 5)), torch.randn(2, 5, 257)
+    share, wanted = (logits / 2).softmax(-1), (distil._teacher(ids).logits / 2).softmax(-1)
+    divergence = (wanted * (wanted.log() - share.log())).sum(-1).mean()
+    torch.testing.assert_close(distil(torch.tensor(3.0), logits, ids), 0.75 * 3 + 0.25 * 4 * divergence)
+    for wrong in ({"weight": 0}, {"temperature": 0.0}):
+        with pytest.raises(SettingError, match=r"^distillation\.\w+=0.* must be"):
+            Distillation(teacher, student=student, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (["linear.basis=frame"], "tokens of a tile would see later ones; use basis='causal'"),
+        (["model.linear_groups=[mpl]"], r"groups=\['mpl'\] must be some of attention, mlp, head"),
+        (["model.calibration=8"], "model.calibration=8 needs trained weights; set model.weights as well"),
+        (["model.vocab_size=100"], "model.vocab_size=100 is below the 257 tokens of data.tokenizer"),
+        (["data.length=65"], "data.length=65 is above model.max_position_embeddings=64"),
+        (["+model.width=3"], "model.width is no setting of transformers' LlamaConfig; remove it"),
+        (["model.hidden_size=a"], "model: .*hidden_size"),
+        (["model.weights=/nowhere.ckpt"], "checkpoint '/nowhere.ckpt' does not exist"),
+        (["model.weights=/nowhere"], "model.weights='/nowhere' cannot be loaded .*; give a .ckpt or .bin file"),
+        (["model.weights={dense}", "model.intermediate_size=40"], "does not fit: size mismatch"),
+        (["model.weights={pretrained}"], "has tie_word_embeddings=False, model.tie_word_embeddings is True; make"),
+        (
+            ["experiment=llm/small_dense", "model.weights={dense}", "linear=low_rank"],
+            "linear=LowRankLinear cannot begin with model.weights",
+        ),
+        (
+            ["experiment=llm/small_sparse24", "model.weights={dense}"],
+            "pruning='wanda' needs calibration data",
+        ),
+        (["label_smoothing=0.1"], "label_smoothing=0.1 is for images"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(own, message, words, dense, pretrained, tmp_path):
+    places = {"dense": dense / "checkpoints" / "last.ckpt", "pretrained": pretrained}
+    own = [word.format(**places) for word in own]
+    if not own[0].startswith("experiment="):
+        own = ["experiment=llm/small_stl", *own]
+    if "model.calibration=8" not in own:
+        own = ["model.calibration=0", *own]
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # Hydra wraps what is raised while it builds
+        run(tmp_path / "run", *words, *own)
+    error = caught.value.__cause__ or caught.value
+    assert isinstance(error, SettingError)
+    assert re.search(message, str(error))
+    assert "\n" not in str(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_transformers_it_is_one_line(words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = r"model.name='llama_small' needs the package transformers .*: pip install -r requirements-llm.txt"
+    with pytest.raises(Exception, match=message):
+        run(tmp_path / "run", "experiment=llm/small_dense", *words)
