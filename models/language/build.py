@@ -98,7 +98,9 @@ def _swap(
     norms = input_norms(model, dense, batches) if batches else {}
     for name, layer in dense.items():
         rival = linear(layer.in_features, layer.out_features, layer.bias is not None)
-        if not trained:
+        if layer.weight.is_meta:
+            pass  # to be counted only
+        elif not trained:
             rival.reset_parameters(std=layer.weight.std(correction=0).item())  # type: ignore[operator]
         elif isinstance(rival, Sparse24Linear):
             rival.load_dense(layer.weight, layer.bias, norms.get(name))
