@@ -78,6 +78,7 @@ class RunSummary(pl.Callback):
             **self.facts,
             **task.figures(metrics),
             "params": self.flops.params,
+            "input_shape": list(self.flops.input_shape),  # of which the MACs are
             **{key: counts[key] for key in ("macs", "dense_macs", "flop_factor")},
             "epochs": trainer.current_epoch,
             f"{task.unit}_per_second": self._amount / self._seconds if self._seconds else None,

@@ -48,7 +48,7 @@ def keep(run: Run, outputs: Path, results: Path) -> bool:
 def state(run: Run, outputs: Path, results: Path) -> str:
     summary = run.summary(results)
     if summary is not None:
-        return f"done, top-1 {summary['top1']:.2f}"
+        return f"done, {run.metric} {summary[run.metric]:.2f}"
     if diverged := run.diverged(results):
         return f"diverged in epoch {diverged['epoch']}"
     epochs = run.epochs(outputs)
@@ -65,7 +65,12 @@ def cost(runs: Iterable[Run], results: Path) -> str:
 
 def command(run: Run, outputs: Path, machine: list[str]) -> list[str]:
     folder = f"hydra.run.dir={outputs / run.folder}"
-    return [str(PROGRAM), *run.overrides, *machine, "callbacks.progress_bar=null", folder]
+    return [str(PROGRAM), *overrides(run, outputs), *machine, "callbacks.progress_bar=null", folder]
+
+
+def overrides(run: Run, outputs: Path) -> list[str]:
+    """Those of the run, with the place of the checkpoint that it begins with."""
+    return [word.replace(f"={run.start}/", f"={outputs}/{run.start}/") for word in run.overrides]
 
 
 def listing(sections: Iterable[Section], outputs: Path, results: Path) -> None:
@@ -79,21 +84,26 @@ def listing(sections: Iterable[Section], outputs: Path, results: Path) -> None:
                 table.add_row(escape(row.name), seed, state(run, outputs, results), cost(row.runs, results))
         console.print(table)
         for row in section.rows:
-            words = shlex.join(row.runs[0].overrides)
+            words = shlex.join(overrides(row.runs[0], outputs))
             console.print(f"python train.py {words}", soft_wrap=True, highlight=False, markup=False)
 
 
 def train_all(
     runs: list[Run], machine: list[str], jobs: int, minutes: float | None, outputs: Path, results: Path
 ) -> list[Run]:
-    """Train them, `jobs` side by side; returns those that failed. After `minutes` what is under way is stopped."""
+    """Train them, `jobs` side by side, each after the one that it begins with; returns those that failed.
+
+    After `minutes` what is under way is stopped.
+    """
     waiting, failed, done = list(runs), [], 0
     under_way: dict[Run, subprocess.Popen[bytes]] = {}
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     try:
         while waiting or under_way:
-            while waiting and len(under_way) < jobs:
-                run = waiting.pop(0)
+            before = {run.folder for run in (*waiting, *under_way)}
+            ready = [run for run in waiting if run.start not in before]
+            for run in ready[: jobs - len(under_way)]:
+                waiting.remove(run)
                 under_way[run] = _start(run, machine, outputs)
                 print(f"started {run.folder}", flush=True)
             time.sleep(0.2)

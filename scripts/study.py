@@ -21,22 +21,45 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TABLES = CONFIGS / "table"
 SPEED = "speed.json"  # of its models on one machine, beside the table
 SUMMARY, DIVERGED = "summary.json", "diverged.json"  # one of them is what a run that has ended left
+CHECKPOINT = "checkpoints/last.ckpt"  # in the folder of a run
 KEPT = (SUMMARY, DIVERGED, "metrics.csv", "config.yaml")  # of a run, beside the table
 # Settings that say where and how fast a run is, not what it is.
 OF_THE_MACHINE = re.compile(
-    r"[+~]*(data\.(root|download|cache|num_workers|device_batch_size|eval_batch_size)|compile|num_threads|logger|"
-    r"trainer\.(devices|num_nodes|accelerator)|callbacks\.(progress_bar|checkpoint)(\..*)?)="
+    r"[+~]*(data\.(root|val_root|packed|download|cache|num_workers|device_batch_size|eval_batch_size)|compile|"
+    r"num_threads|logger|trainer\.(devices|num_nodes|accelerator)|callbacks\.(progress_bar|checkpoint)(\..*)?)="
 )
 # Settings that say what is computed in a step: not how it is learnt, nor with which weights it begins.
 OF_THE_MODEL = re.compile(r"[+~]*(experiment|(model|linear)(\.(?!start=).*)?|data(\.(image_size|batch_size))?)=")
 
 
 @dataclass(frozen=True)
+class Metric:
+    """What runs are compared by: the first of `keys`, of their summaries. MACs are those of one `unit`."""
+
+    keys: tuple[str, ...]
+    label: str
+    higher_is_better: bool
+    unit: str
+
+    def units(self, summary: dict[str, Any]) -> int:
+        """How many of `unit` an input holds, of which a summary counts the MACs."""
+        return summary["input_shape"][1] if self.unit == "token" else 1
+
+
+METRICS = {
+    "top1": Metric(("top1", "top5"), "top-1 %", True, "image"),
+    "perplexity": Metric(("perplexity",), "perplexity", False, "token"),
+}
+
+
+@dataclass(frozen=True)
 class Run:
-    """One training run of a row."""
+    """One training run of a row; with `start`, the folder of another one, it needs the checkpoint of that."""
 
     folder: str  # <section>/<row>/seed<seed>
     overrides: tuple[str, ...]
+    metric: str = "top1"
+    start: str | None = None
 
     def summary(self, root: Path) -> dict[str, Any] | None:
         """Its summary below `root`; None where there is none, or one of other settings."""
@@ -60,7 +83,7 @@ class Run:
         """How many epochs of a run that has not ended are in its curve below `root`."""
         try:
             with (root / self.folder / "metrics.csv").open() as file:
-                return len({row["epoch"] for row in csv.DictReader(file) if row.get("top1")})
+                return len({row["epoch"] for row in csv.DictReader(file) if row.get(self.metric)})
         except OSError:
             return 0
 
@@ -90,6 +113,7 @@ class Study:
     name: str
     title: str
     sections: tuple[Section, ...]
+    metric: Metric
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -97,8 +121,9 @@ class Study:
 
 
 def settings(overrides: Any) -> list[str]:
-    """The overrides that say what a run is."""
-    return sorted(word for word in overrides if not OF_THE_MACHINE.match(word))
+    """The overrides that say what a run is, checkpoints of other runs wherever these are."""
+    own = (word for word in overrides if not OF_THE_MACHINE.match(word))
+    return sorted(re.sub(rf"=.*/((?:[^/]+/){{3}}{CHECKPOINT})$", r"=\1", word) for word in own)
 
 
 def model_settings(overrides: Any) -> list[str]:
@@ -117,23 +142,30 @@ def read_study(name: str) -> Study:
         known = ", ".join(sorted(path.stem for path in TABLES.glob("*.yaml")))
         raise SettingError(f"--table {name} is unknown; there are {known}, or give a file, table.yaml")
     content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    metric = content.get("metric", "top1")
+    if metric not in METRICS:
+        raise SettingError(f"{path}: metric {metric} is unknown; choose one of {', '.join(METRICS)}")
     sections = []
     for key, section in content["sections"].items():
-        rows = [row for entry in section["rows"] for row in _rows(key, section, entry)]
+        rows = [row for entry in section["rows"] for row in _rows(key, section, entry, metric)]
         folders = [row.folder for row in rows]
         if len(set(folders)) < len(folders):
             raise SettingError(f"{path}: two rows of section {key} have the same name")
         by_hand, plot = section.get("by_hand", False), section.get("plot", False)
         sections.append(Section(key, section["title"], tuple(rows), section.get("baseline"), by_hand, plot))
-    study = Study(path.stem, content["title"], tuple(sections))
+    study = Study(path.stem, content["title"], tuple(sections), METRICS[metric])
     folders = [row.folder for row in study.rows]
+    runs = {run.folder for row in study.rows for run in row.runs}
+    if missing := {run.start for row in study.rows for run in row.runs if run.start} - runs:
+        raise SettingError(f"{path}: start {min(missing)} is none of the runs {', '.join(sorted(runs))}")
     for section in sections:
         if section.baseline is not None and section.baseline not in folders:
             raise SettingError(f"{path}: baseline {section.baseline} is none of the rows {', '.join(folders)}")
     return study
 
 
-def _rows(section_name: str, section: dict[str, Any], entry: dict[str, Any]) -> list[Row]:
+def _rows(section_name: str, section: dict[str, Any], entry: dict[str, Any], metric: str) -> list[Row]:
+    """`{start}` in an override is the checkpoint of the same seed's run of the row that `start` names."""
     grid: dict[str, list[Any]] = entry.get("grid", {})
     rows = []
     for values in itertools.product(*grid.values()):
@@ -142,7 +174,12 @@ def _rows(section_name: str, section: dict[str, Any], entry: dict[str, Any]) -> 
         overrides = [*entry.get("overrides", []), *section.get("overrides", [])]
         overrides += [f"{key}={value}" for key, value in chosen]
         folder = f"{section_name}/{slug(name)}"
-        runs = [Run(f"{folder}/seed{seed}", (*overrides, f"seed={seed}")) for seed in section["seeds"]]
+        start = entry.get("start", section.get("start"))
+        runs = []
+        for seed in section["seeds"]:
+            first = f"{start}/seed{seed}" if start else None
+            words = [word.replace("{start}", f"{first}/{CHECKPOINT}") for word in (*overrides, f"seed={seed}")]
+            runs.append(Run(f"{folder}/seed{seed}", tuple(words), metric, first))
         rows.append(Row(name, folder, tuple(runs)))
     return rows
 

@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import ttest_rel
-from study import Section, Study
+from study import Metric, Section, Study
 from study_plot import plot
 from study_results import Result, read_result, read_speeds
 from tables import table
 
-COLUMNS = ["row", "top-1 %", "seeds", "against the baseline", "p", "params M", "linear MMACs"]
-COLUMNS += ["× core / linear / total", "epochs"]
 SPEEDS = ["training images/s", "MFU %", "training GiB", "inference ms"]  # where they were measured
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}  # bf16, dense; NVIDIA's data sheets
 # as in summaries
-SAME = ["top1", "top5", "val_loss", "params", "epochs", "wall_seconds", "device", "git_commit", "date"]
+SAME = ["val_loss", "params", "epochs", "wall_seconds", "device", "git_commit", "date"]
+
+
+def columns_of(metric: Metric) -> list[str]:
+    """Of every table, before SPEEDS."""
+    macs = "linear MMACs" if metric.unit == "image" else f"linear MMACs a {metric.unit}"
+    beginning = ["row", metric.label, "seeds", "against the baseline", "p", "params M", macs]
+    return [*beginning, "× core / linear / total", "epochs"]
 
 
 def mean_and_deviation(numbers: Sequence[float]) -> str:
@@ -25,16 +30,17 @@ def mean_and_deviation(numbers: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else mean
 
 
-def against(result: Result, baseline: Result | None) -> tuple[str, str]:
-    """The mean difference over the seeds that both have, and the p-value of the one-sided paired t-test for "above"."""
+def against(result: Result, baseline: Result | None, metric: Metric) -> tuple[str, str]:
+    """The mean difference over the seeds that both have, and the p of the one-sided paired t-test for "better"."""
     if baseline is None or result is baseline:
         return "", ""
     seeds = [seed for seed in result.summaries if seed in baseline.summaries]
     if not seeds:
         return "–", "–"
-    own, other = ([of.summaries[seed]["top1"] for seed in seeds] for of in (result, baseline))
+    own, other = ([of.summaries[seed][metric.keys[0]] for seed in seeds] for of in (result, baseline))
     difference = statistics.mean(a - b for a, b in zip(own, other, strict=True))
-    p = ttest_rel(own, other, alternative="greater").pvalue if len(seeds) > 1 else None
+    better = "greater" if metric.higher_is_better else "less"
+    p = ttest_rel(own, other, alternative=better).pvalue if len(seeds) > 1 else None
     return f"{difference:+.2f}", "–" if p is None else f"{p:.3f}"
 
 
@@ -53,8 +59,8 @@ def speed_cells(result: Result) -> list[str]:
     ]
 
 
-def cells(result: Result, baseline: Result | None, columns: Sequence[str]) -> list[str]:
-    """A line of the table, in the order of COLUMNS, and SPEEDS where `columns` has them."""
+def cells(result: Result, baseline: Result | None, metric: Metric, columns: Sequence[str]) -> list[str]:
+    """A line of the table, in the order of `columns_of`, and SPEEDS where `columns` has them."""
     seeds = f"{len(result.summaries)} of {len(result.row.runs)}"
     if result.diverged:
         seeds += f", {result.diverged} diverged"
@@ -64,14 +70,14 @@ def cells(result: Result, baseline: Result | None, columns: Sequence[str]) -> li
     factor = facts["flop_factor"]
     return [
         result.row.name,
-        mean_and_deviation(result.top1),
+        mean_and_deviation(result.scores),
         seeds,
-        *against(result, baseline),
+        *against(result, baseline, metric),
         f"{facts['params'] / 1e6:.2f}",
-        f"{facts['macs']['linear'] / 1e6:.1f}",
+        f"{facts['macs']['linear'] / metric.units(facts) / 1e6:.1f}",
         " / ".join(f"{factor[name]:.2f}" for name in ("core", "linear", "total")),
         str(facts["epochs"]),
-        *(speed_cells(result) if len(columns) > len(COLUMNS) else []),
+        *(speed_cells(result) if columns[-1] in SPEEDS else []),
     ]
 
 
@@ -99,15 +105,17 @@ def write_report(study: Study, results: Path) -> list[Path]:
     for section in study.sections:
         rows = [every[row.folder] for row in section.rows]
         baseline = every[section.baseline] if section.baseline else None
-        columns = COLUMNS + SPEEDS if any(result.summaries and result.speed for result in rows) else COLUMNS
-        text = [cells(result, baseline, columns) for result in rows]
+        columns = columns_of(study.metric)
+        if any(result.summaries and result.speed for result in rows):
+            columns += SPEEDS
+        text = [cells(result, baseline, study.metric, columns) for result in rows]
         markdown += [f"## {section.title}", table(columns, text)]
         if baseline:
             markdown.append(f"The baseline is {baseline.row.folder}.")
         if any(result.summaries for result in rows):
             markdown.append(f"<sub>{origin(rows)}</sub>")
         latex.append(to_latex(section.title, columns, text))
-        lines += [line for result in rows for line in csv_lines(section, result)]
+        lines += [line for result in rows for line in csv_lines(section, result, study.metric)]
         if section.plot:
             points += [(section.name, result) for result in rows if result.summaries]
     written = [base.with_suffix(suffix) for suffix in (".md", ".tex", ".csv")]
@@ -120,14 +128,14 @@ def write_report(study: Study, results: Path) -> list[Path]:
             writer.writerows(lines)
     if points:
         written.append(base.with_suffix(".png"))
-        plot(points, study.title, written[-1])
+        plot(points, study.title, study.metric, written[-1])
     return written
 
 
-def csv_lines(section: Section, result: Result) -> list[dict[str, Any]]:
+def csv_lines(section: Section, result: Result, metric: Metric) -> list[dict[str, Any]]:
     return [
         {"section": section.name, "row": result.row.name, "seed": seed}
-        | {key: summary[key] for key in SAME}
+        | {key: summary[key] for key in (*metric.keys, *SAME)}
         | {f"{key}_macs": summary["macs"][key] for key in ("linear", "total")}
         | {f"factor_{key}": value for key, value in summary["flop_factor"].items()}
         for seed, summary in result.summaries.items()

@@ -19,8 +19,9 @@ class Result:
     speed: dict[str, Any] | None  # of its model, alone on a GPU
 
     @property
-    def top1(self) -> list[float]:
-        return [summary["top1"] for summary in self.summaries.values()]
+    def scores(self) -> list[float]:
+        """What rows are compared by, one for each run."""
+        return [summary[self.row.runs[0].metric] for summary in self.summaries.values()]
 
     @property
     def any(self) -> dict[str, Any]:

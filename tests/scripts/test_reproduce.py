@@ -34,6 +34,7 @@ if "diverge" in words:
     (folder / "diverged.json").write_text(json.dumps(dict(overrides=overrides, step=610, epoch=1)))
     sys.exit("error: the loss is nan")
 summary = dict(seed=int(words["seed"]), top1=10 * float(words["lr"]) + int(words["seed"]), top5=50.0, val_loss=1.0)
+summary |= dict(perplexity=summary["top1"], input_shape=[1, 1000])
 summary |= dict(params=4_000_000, epochs=2, wall_seconds=60.0, device="a GPU", git_commit="abc", date="2026-01-02T03")
 summary |= dict(overrides=overrides, macs=dict(linear=2_000_000, total=3_000_000), dataset="digits")
 summary |= dict(flop_factor=dict(core=4.0, linear=2.7, total=2.4), versions=dict(torch="2.11.0"))
@@ -58,6 +59,24 @@ sections:
       - {name: broken, overrides: [lr=1, fail=1]}
       - {name: slow, overrides: [lr=1, wait=1]}
       - {name: unstable, overrides: [lr=1, diverge=1]}
+"""
+
+OF_LANGUAGE = """
+title: A table
+metric: perplexity
+sections:
+  after:
+    title: converted
+    seeds: [0, 1]
+    start: before/dense
+    baseline: before/dense
+    rows:
+      - {name: stl, overrides: [lr=0.5, "model.weights={start}"]}
+  before:
+    title: dense
+    seeds: [0, 1]
+    rows:
+      - {name: dense, overrides: [lr=1]}
 """
 
 
@@ -108,7 +127,25 @@ def test_what_is_missing_is_run_once_and_the_table_is_built(call, tmp_path, caps
     call()
     assert "started" not in capsys.readouterr().out
     call("--list")
-    assert "done, top-1 11.00" in capsys.readouterr().out
+    assert "done, top1 11.00" in capsys.readouterr().out
+
+
+def test_runs_begin_with_the_checkpoints_of_others_of_their_seed(call, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(OF_LANGUAGE)
+    call("--jobs", "3")
+    out = capsys.readouterr().out
+    for seed in (0, 1):
+        first, then = (out.index(word) for word in (f"before/dense/seed{seed}: done", f"started after/stl/seed{seed}"))
+        assert first < then
+        summary = json.loads((tmp_path / f"results/mine/after/stl/seed{seed}/summary.json").read_text())
+        place = tmp_path / f"outputs/mine/before/dense/seed{seed}/checkpoints/last.ckpt"
+        assert f"model.weights={place}" in summary["overrides"]
+    text = (tmp_path / "results/mine/mine.md").read_text()
+    assert "| row | perplexity | seeds | against the baseline | p | params M | linear MMACs a token |" in text
+    assert "| stl | 5.50 ± 0.71 | 2 of 2 | -5.00 |" in text
+    assert "| 4.00 | 0.0 | 4.00 / 2.70 / 2.40 | 2 |" in text
+    call("--outputs", "elsewhere")  # where the checkpoints are makes no other run of it
+    assert "started" not in capsys.readouterr().out
 
 
 def test_a_run_of_other_settings_does_not_count(call, tmp_path):
@@ -155,6 +192,14 @@ def test_without_runs_the_table_says_not_run(call, tmp_path):
     ("text", "message"),
     [
         (TABLE.replace("baseline: first/dense-lr-1", "baseline: first/other"), "baseline first/other is none of"),
+        (
+            TABLE.replace("title: A table", "metric: bleu\ntitle: A table"),
+            "metric bleu is unknown; choose one of top1, p",
+        ),
+        (
+            OF_LANGUAGE.replace("start: before/dense", "start: before/other"),
+            "start before/other/seed0 is none of the runs",
+        ),
         (TABLE.replace("lr: [1, 2]", "lr: [1, 1]"), "two rows of section first have the same name"),
     ],
 )
