@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from data.datamodule import BatchDataModule
 from models.callbacks import describe_device, write_json
 from models.checkpoint import load_checkpoint, load_weights
 from models.ema import averaged_weights
 from models.quiet import quiet
+from models.task import Task
 from stl import SettingError, count_flops
 from train import build, describe, one_line_errors
 
@@ -40,6 +42,24 @@ def latency(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, repeats:
     return 1000 * statistics.median(seconds[3:])
 
 
+def restore(
+    checkpoint: dict[str, Any], path: Path, config: DictConfig, averaged: bool = True
+) -> tuple[Task, BatchDataModule, bool]:
+    """The task of a checkpoint, not compiled, with its weights; its data; whether the weights are the averaged ones.
+
+    `config` is the checkpoint's, perhaps with other data; `averaged` asks for the average where the run kept one.
+    """
+    config.compile = None  # latencies are those of the model as it stands
+    if config.get("distillation"):
+        config.distillation.teacher = None  # of training only
+    task, data = build(config, fresh=False)
+    load_weights(task, checkpoint, path, task.config)
+    average = averaged_weights(checkpoint) if averaged else None
+    if average is not None:
+        task.model.load_state_dict(average)
+    return task, data, average is not None
+
+
 def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     """The figures of a checkpoint, and the file they are written to: eval.json in the run's folder."""
     quiet()
@@ -53,15 +73,8 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
         trained.data = cfg.data
     if cfg.batch_size:
         trained.data.eval_batch_size = cfg.batch_size
-    trained.compile = None  # the latency is that of the model as it stands
-    if trained.get("distillation"):
-        trained.distillation.teacher = None  # of training only
-    task, data = build(trained, fresh=False)
-    load_weights(task, checkpoint, path, task.config)
-    averaged = averaged_weights(checkpoint) if cfg.averaged else None
-    if averaged is not None:
-        task.model.load_state_dict(averaged)
-    flops = count_flops(task.model, (1, *data.input_shape), data.input_dtype).to_dict()
+    task, data, averaged = restore(checkpoint, path, trained, cfg.averaged)
+    flops = count_flops(task.model, (data.counted, *data.input_shape), data.input_dtype).to_dict()
     trainer = pl.Trainer(
         accelerator=cfg.accelerator, devices=1, precision=cfg.precision, logger=False, enable_model_summary=False
     )
@@ -80,7 +93,7 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
         "latency_ms": latencies,
         "device": describe_device(task.device),
         "precision": cfg.precision,
-        "averaged_weights": averaged is not None,
+        "averaged_weights": averaged,
     }
     # checkpoints/ lies in the run folder; a checkpoint that was moved gets the file beside it.
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent

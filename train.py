@@ -100,7 +100,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     task, data = build(cfg, fresh=start is None)
     if start:
         load_weights(task, *start, task.config)
-    flops = count_flops(task.model, (1, *data.input_shape), data.input_dtype)
+    flops = count_flops(task.model, (data.counted, *data.input_shape), data.input_dtype)
     summary = RunSummary(folder, describe(cfg, data), flops)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     trainer = instantiate(
@@ -127,7 +127,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
             "%s parameters, %s MACs for an input of %s, fewer than dense by: %s",
             f"{flops.params:,}",
             f"{flops.total:,}",
-            "×".join(map(str, data.input_shape)),
+            "×".join(map(str, flops.input_shape)),
             factors,
         )
         if start:

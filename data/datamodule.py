@@ -46,6 +46,7 @@ class BatchDataModule(pl.LightningDataModule):
     unit = "samples"  # what messages call them
     input_shape: tuple[int, ...]  # of a sample as the model takes it
     input_dtype = torch.float32
+    counted = 1  # samples whose MACs are counted together
 
     loader_class: type[DataLoader] = DataLoader
     collate = staticmethod(default_collate)

@@ -66,6 +66,7 @@ class TextDataModule(BatchDataModule):
 
     unit = "sequences"
     input_dtype = torch.int64
+    counted = 8  # whole tiles, where these hold several sequences
     collate = staticmethod(whole)
 
     def __init__(

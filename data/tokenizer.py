@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from stl.optional import optional
 log = logging.getLogger(__name__)
 
 END = "<|endoftext|>"  # of a BPE that is learned here
+FILES = ("tokenizer.json", "tokenizer_config.json")  # of it
 
 
 class Tokenizer(Protocol):
@@ -83,13 +85,17 @@ class HubTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    def save(self, folder: Path) -> None:
+        """Its files, as `transformers.AutoTokenizer` reads them."""
+        self._tokenizer.save_pretrained(folder)
+
 
 class BPETokenizer:
     """A byte-level BPE that `learn_bpe` left in a folder. Raises SettingError where the file is damaged."""
 
     def __init__(self, folder: Path) -> None:
         tokenizers = optional("tokenizers", "data.tokenizer='bpe'")
-        file = folder / "tokenizer.json"
+        self._folder, file = folder, folder / FILES[0]
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # it raises nothing more special
@@ -104,6 +110,11 @@ class BPETokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
+
+    def save(self, folder: Path) -> None:
+        """Its files, as `transformers.AutoTokenizer` reads them."""
+        for name in FILES:
+            shutil.copyfile(self._folder / name, folder / name)
 
 
 def learn_bpe(documents: Iterable[str], vocab_size: int, characters: int | None, recipe: Recipe, root: Path) -> Path:
@@ -126,9 +137,9 @@ def learn_bpe(documents: Iterable[str], vocab_size: int, characters: int | None,
         tokenizer = _learn(tokenizers, texts, vocab_size)
         if (size := tokenizer.get_vocab_size()) < vocab_size:
             log.warning("data.bpe_vocab_size=%d: the text gives no more than %d tokens", vocab_size, size)
-        tokenizer.save(str(folder / "tokenizer.json"))
+        tokenizer.save(str(folder / FILES[0]))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / FILES[1]).write_text(json.dumps(config, indent=2) + "\n")
         return {"tokens": size}
 
     return made_once(root, "tokenizer", {"vocab_size": vocab_size, "characters": characters, **recipe}, make)[0]

@@ -40,6 +40,7 @@ class Method:
     macs: int
     numbers: int  # read and written, each once
     facts: dict[str, Any] = field(default_factory=dict)  # what its row says of it beside the name
+    graph: bool = True  # on a GPU timed as a CUDA graph
 
 
 def one_pass(
@@ -168,7 +169,7 @@ def measure(
         if error <= TOLERANCE[dtype]:  # false for NaN as well
             if device == "cuda":
                 row["peak_bytes"] = peak_bytes(method.run)
-            runs[method.name] = repeatable(method.run, device)
+            runs[method.name] = repeatable(method.run, device) if method.graph else method.run
     seconds = take_turns(runs, device) if runs else {}
     for row in rows:
         if row["method"] in seconds:

@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ class Metric:
     unit: str
 
     def units(self, summary: dict[str, Any]) -> int:
-        """How many of `unit` an input holds, of which a summary counts the MACs."""
-        return summary["input_shape"][1] if self.unit == "token" else 1
+        """How many of `unit` the input holds of which a summary counts the MACs."""
+        return prod(summary["input_shape"]) if self.unit == "token" else 1
 
 
 METRICS = {

@@ -1,0 +1,130 @@
+"""How fast whole language models are, dense, 2:4 sparse and with STL, in prefill and in decoding.
+
+    python scripts/bench_llm.py --out results/llm_h200.json          # TinyLlama-1.1B's shapes, 16,384 tokens
+    python scripts/bench_llm.py --models llama_small --ranks 16 24 --ways tokens --backends triton
+
+Prefill computes the logits of --batch sequences of --length tokens at once, with a cache, as a CUDA graph. Decoding
+feeds as many sequences --steps tokens, one after the other, from an empty cache, by the CPU's launches as generation
+does. Weights are random: they change no time. Each way is held against itself in higher precision before it is timed;
+by the kernels STL comes with its MLPs fused as well; 2:4 is PyTorch's sparse kernels, on a GPU in 16 bits.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from benchmarking import Method, add_options, begin, describe, measure, run_main, set_backend
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from study import CONFIGS
+from torch import Tensor, nn
+
+from models.callbacks import write_json
+from models.semi_structured import DTYPES, compress
+from models.sparse24 import Sparse24Linear
+from stl import STLLinear, count_flops, fuse_mlps
+
+WAYS: dict[str, dict[str, Any]] = {  # of keeping a model causal: basis and row axis
+    "tokens": {"basis": "causal", "row_axis": "tokens"},
+    "batch": {"basis": "frame", "row_axis": "batch"},
+}
+
+
+def configuration(model: str) -> Any:
+    """One of configs/model/."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", overrides=[f"model={model}"]).model
+
+
+def build(config: Any, linear: Callable[..., nn.Module], device: str, dtype: torch.dtype) -> Any:
+    """The model, drawn anew."""
+    torch.manual_seed(0)
+    vocabulary = config.vocab_size or 4096
+    return instantiate(config, linear=linear, tokens=vocabulary, length=1, sample=None).to(device, dtype).eval()
+
+
+def variants(arguments: argparse.Namespace, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any, dict]]:
+    """Name, the model that is timed, the one that it is held against, and what rows say of it."""
+    make = partial(build, config, device=arguments.device, dtype=dtype)
+    dense = make(nn.Linear)
+    yield "dense", dense, dense, {}
+    if arguments.device == "cuda" and dtype in DTYPES:
+        pruned = make(Sparse24Linear)
+        sparse = copy.deepcopy(pruned)
+        compress(sparse)
+        yield "2:4", sparse, pruned, {}
+    for way in arguments.ways:
+        for rank in arguments.ranks:
+            reference = make(partial(STLLinear, tile=4, rank=rank, **WAYS[way]))
+            set_backend(reference, "torch")
+            for backend in arguments.backends:
+                for fused in (False, True)[: 1 if backend == "torch" else 2]:
+                    timed = copy.deepcopy(reference)
+                    if fused:
+                        fuse_mlps(timed)
+                    set_backend(timed, backend)
+                    name = f"stl r={rank} over {way}, {backend}{', fused' * fused}"
+                    yield name, timed, reference, {"rank": rank, "way": way, "backend": backend, "fused": fused}
+
+
+def prefill(model: Any, ids: Tensor) -> tuple[Tensor, ...]:
+    """Logits of all tokens at once."""
+    with torch.no_grad():
+        return (model(ids, use_cache=True).logits,)
+
+
+def decode(model: Any, ids: Tensor) -> tuple[Tensor, ...]:
+    """Logits of the last token, after all were given one by one."""
+    cache, logits = None, ids
+    with torch.no_grad():
+        for token in ids.split(1, 1):
+            output = model(token, past_key_values=cache, use_cache=True)
+            cache, logits = output.past_key_values, output.logits
+    return (logits,)
+
+
+def methods(arguments: argparse.Namespace, config: Any, phase: str, dtype: torch.dtype) -> Iterator[Method]:
+    run = {"prefill": prefill, "decode": decode}[phase]
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    length = arguments.length if phase == "prefill" else arguments.steps
+    for name, timed, reference, facts in variants(arguments, config, dtype):
+        ids = torch.arange(arguments.batch * length, device=arguments.device).view(arguments.batch, length) % 997
+
+        def wanted(reference: Any = reference, ids: Tensor = ids) -> tuple[Tensor, ...]:
+            return run(copy.deepcopy(reference).to(wide), ids)
+
+        at_once, times = (ids.shape, 1) if phase == "prefill" else ((arguments.batch, 1), length)
+        macs = times * count_flops(reference, at_once, torch.int64).total
+        numbers = times * sum(p.numel() for p in timed.parameters())  # the weights, each time
+        facts = {**facts, "tokens": ids.numel()}
+        yield Method(name, partial(run, timed, ids), wanted, macs, numbers, facts, graph=phase == "prefill")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama_tinyllama"], help="of configs/model/")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--phases", nargs="+", choices=("prefill", "decode"), default=["prefill", "decode"])
+    parser.add_argument("--batch", type=int, default=8, help="sequences")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence in prefill")
+    parser.add_argument("--steps", type=int, default=32, help="tokens of a sequence in decoding")
+    add_options(parser, [16, 24], ["torch", "triton"], "results/llm.json")
+    arguments = parser.parse_args()
+    result = begin(arguments)
+    for model in arguments.models:
+        config = configuration(model)
+        for phase in arguments.phases:
+            facts = {"model": model, "phase": phase, "batch": arguments.batch}
+            rows = methods(arguments, config, phase, getattr(torch, arguments.dtype))
+            for row in measure(facts, rows, result["ceilings"]):
+                row["tokens_per_second"] = row["tokens"] / row["seconds"] if "seconds" in row else None
+                result["rows"].append(row)
+                print(describe(f"{model:16} {phase:8}", row), flush=True)
+            write_json(arguments.out, result)
+
+
+if __name__ == "__main__":
+    run_main(main)
