@@ -134,8 +134,9 @@ def input_norms(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iter
     training = model.training
     try:
         model.eval()
+        device = next(model.parameters()).device
         for batch in batches:
-            model(batch)
+            model(batch.to(device))
     finally:
         model.train(training)
         for handle in handles:

@@ -1,10 +1,12 @@
 """LLaMA as a configuration describes it: sizes, kind of linear layers, and the weights that it begins with."""
 
+import os
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from models.language.groups import check_groups, patterns
@@ -39,7 +41,8 @@ def build_llama(
         weights: of a dense model to begin with: a checkpoint of train.py (.ckpt), a model of llama2.c (.bin), a folder
             or a name on the Hugging Face hub. None draws all weights. STL layers encode them, 2:4 layers prune them.
         calibration: sequences on which what replaces the dense layers is fitted to them: STL layers to their outputs
-            (`stl.calibration`), the masks of 2:4 layers with pruning=wanda to the sizes of their inputs. 0 does not.
+            (`stl.calibration`), the masks of 2:4 layers with pruning=wanda to the sizes of their inputs; on a GPU where
+            there is one. 0 does not.
         calibrate_basis: fit encoders and decoders as well.
         **sizes: of `transformers.LlamaConfig`; a `vocab_size` of None is that of the data.
 
@@ -65,14 +68,18 @@ def build_llama(
         raise SettingError(
             f"data.length={length} is above model.max_position_embeddings={config.max_position_embeddings}"
         )
-    for setting in ("calibration", "calibrate_basis"):
-        if locals()[setting] and weights is None:
-            raise SettingError(f"model.{setting}={locals()[setting]} needs trained weights; set model.weights as well")
-    check_groups(linear_groups, config.tie_word_embeddings)
-    model = STLLlamaForCausalLM(config) if weights is None else read_weights(weights, config)
     keywords = dict(linear.keywords) if isinstance(linear, partial) else {}
     kind = linear.func if isinstance(linear, partial) else linear
+    for setting, value in {"calibration": calibration, "calibrate_basis": calibrate_basis}.items():
+        if value and weights is None:
+            raise SettingError(f"model.{setting}={value} needs trained weights; set model.weights as well")
+        if value and kind is nn.Linear:
+            raise SettingError(f"model.{setting}={value} fits nothing where all layers are dense; leave it out")
+    check_groups(linear_groups, config.tie_word_embeddings)
+    model = STLLlamaForCausalLM(config) if weights is None else read_weights(weights, config)
     batches = list(sample(calibration).split(8)) if calibration else None
+    if batches is not None and torch.cuda.is_available():  # the model goes there later anyway, and this takes its time
+        model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     if kind is STLLinear:
         model.convert(
             groups=list(linear_groups),
@@ -83,7 +90,7 @@ def build_llama(
         )
     elif kind is not nn.Linear:
         _swap(model, patterns(linear_groups), linear, weights is not None, batches)
-    return model.train()
+    return model.train() if batches is None else model.cpu().train()
 
 
 def _swap(
@@ -95,9 +102,9 @@ def _swap(
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in include)
     }
-    norms = input_norms(model, dense, batches) if batches else {}
+    norms = {} if batches is None else input_norms(model, dense, batches)
     for name, layer in dense.items():
-        rival = linear(layer.in_features, layer.out_features, layer.bias is not None)
+        rival = linear(layer.in_features, layer.out_features, layer.bias is not None).to(layer.weight.device)
         if layer.weight.is_meta:
             pass  # to be counted only
         elif not trained:

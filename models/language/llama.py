@@ -104,7 +104,7 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
                 f"past_key_values is a {type(cache).__name__}, and STL layers over tokens go with a DynamicCache only; "
                 "use that, or convert with row_axis='batch'"
             )
-        if getattr(cache, "stl", None) is None or cache.stl.model is not self:
+        if cache.get_seq_length() == 0 or getattr(cache, "stl", None) is None or cache.stl.model is not self:
             cache.stl = Streaming(self)
         if cache.stl.seen != cache.get_seq_length():
             raise SettingError(

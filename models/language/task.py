@@ -58,8 +58,8 @@ class LanguageTask(Task):
     def on_validation_epoch_end(self) -> None:
         loss = self.nll.compute()
         self.nll.reset()
-        self.log("val_loss", loss, prog_bar=True)
-        self.log("perplexity", loss.exp(), prog_bar=True)
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True)  # the same on all devices
+        self.log("perplexity", loss.exp(), prog_bar=True, sync_dist=True)
 
     def figures(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Perplexity: e to the loss, which is in nats a token."""

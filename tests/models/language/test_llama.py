@@ -157,6 +157,14 @@ def test_a_copied_cache_goes_on_for_itself():
         assert_close(got, logits(model, torch.cat([prompt, more], 1))[:, 6:])
 
 
+def test_a_cache_that_is_emptied_begins_anew():
+    model, x = llama(WAYS["tokens"]), ids(2, 6)
+    cache = model(x).past_key_values
+    cache.reset()
+    model(x[:, :5], past_key_values=cache)
+    assert_close(model(x[:, 5:], past_key_values=cache).logits, logits(model, x)[:, 5:])
+
+
 def test_caches_that_cannot_be_right_are_refused():
     model, x = llama(WAYS["tokens"]), ids(2, 6)
     cache = model(x).past_key_values

@@ -170,6 +170,10 @@ def test_distillation_learns_from_the_teachers_logits(words, dense, tmp_path):
         (["linear.basis=frame"], "tokens of a tile would see later ones; use basis='causal'"),
         (["model.linear_groups=[mpl]"], r"groups=\['mpl'\] must be some of attention, mlp, head"),
         (["model.calibration=8"], "model.calibration=8 needs trained weights; set model.weights as well"),
+        (
+            ["experiment=llm/small_dense", "model.weights={dense}", "model.calibration=8"],
+            "fits nothing where all layers",
+        ),
         (["model.vocab_size=100"], "model.vocab_size=100 is below the 257 tokens of data.tokenizer"),
         (["data.length=65"], "data.length=65 is above model.max_position_embeddings=64"),
         (["+model.width=3"], "model.width is no setting of transformers' LlamaConfig; remove it"),
