@@ -39,12 +39,17 @@ def build(cfg: DictConfig, *, fresh: bool = True) -> tuple[Task, BatchDataModule
 
     `fresh`: the model begins as the configuration says; otherwise weights are to be put into it, and it reads none.
     """
+    kind = cast(type[Task], get_class(cfg.get("task", "models.classification.ClassificationTask")))
     data = instantiate(cfg.data, seed=cfg.seed)
+    if data.unit != kind.takes:
+        raise SettingError(
+            f"task={kind.__module__}.{kind.__name__} learns from {kind.takes}, and data={data.name} gives {data.unit}; "
+            "set a task, data and a model that go together, as those of configs/experiment/ do"
+        )
     kept = {} if fresh else {key: value for key, value in NO_WEIGHTS.items() if key in cfg.model}
     model = instantiate(cfg.model, linear=instantiate(cfg.linear), **data.for_model, **kept)
     optimizer = instantiate(cfg.optimizer)
     optimizer(model)  # wrong settings show now, not in the middle of a run
-    kind = cast(type[Task], get_class(cfg.get("task", "models.classification.ClassificationTask")))
     task = kind.configured(
         cfg,
         model,

@@ -19,7 +19,7 @@ class ClassificationTask(Task):
         **settings: the further arguments of `Task`.
     """
 
-    headline, unit = "top1", "images"
+    takes, headline, unit = "images", "top1", "images"
 
     def __init__(
         self,

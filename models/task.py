@@ -30,6 +30,7 @@ class Task(pl.LightningModule, ABC):
         config: the resolved configuration; it travels in every checkpoint, so that one file says what it is.
     """
 
+    takes: ClassVar[str]  # the `unit` of data modules that it learns from
     headline: ClassVar[str]  # of the metrics of a validation
     unit: ClassVar[str]  # of what is counted a second
     packages: ClassVar[tuple[str, ...]] = ()  # that a summary gives the versions of, beside those of all tasks

@@ -22,7 +22,8 @@ class LanguageTask(Task):
         **settings: the further arguments of `Task`.
     """
 
-    headline, unit, packages = "perplexity", "tokens", ("transformers",)
+    takes, headline, unit = "sequences", "perplexity", "tokens"
+    packages = ("transformers",)
 
     def __init__(self, model: nn.Module, *, distillation: Distillation | None = None, **settings: Any) -> None:
         super().__init__(model, **settings)

@@ -191,6 +191,10 @@ def test_distillation_learns_from_the_teachers_logits(words, dense, tmp_path):
             "pruning='wanda' needs calibration data",
         ),
         (["label_smoothing=0.1"], "label_smoothing=0.1 is for images"),
+        (
+            ["task=models.classification.ClassificationTask"],
+            "ClassificationTask learns from images, and data=.* gives sequences; set a task, data and a model",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(own, message, words, dense, pretrained, tmp_path):
