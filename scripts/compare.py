@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from metrics import Metric, metric_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -19,7 +20,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("linear layers", "top-1 %", "params M", "linear MMACs", "total MMACs", "× core / linear / total", "s")
+
+def columns(metric: Metric) -> list[str]:
+    """Of the table; MACs are those of an image, or of a token."""
+    return ["linear layers", metric.label, "params M", "linear MMACs", "total MMACs", "× core / linear / total", "s"]
 
 
 def short(linear: dict[str, Any]) -> str:
@@ -57,13 +61,13 @@ def read_runs(folders: list[Path]) -> list[dict[str, Any]]:
     return sorted(newest.values(), key=lambda run: (-run["macs"]["total"], run["overrides"]))
 
 
-def cells(run: dict[str, Any], label: str) -> list[str]:
-    """One row of the table, in the order of COLUMNS: millions of parameters and MACs an image, × fewer than dense."""
-    factor = run["flop_factor"]
+def cells(run: dict[str, Any], label: str, metric: Metric) -> list[str]:
+    """One row of the table, in the order of `columns`: millions of parameters and MACs, × fewer than dense."""
+    factor, units = run["flop_factor"], metric.units(run)
     return [
         label,
-        f"{run['top1']:.2f}",
-        *(f"{count / 1e6:.3f}" for count in (run["params"], run["macs"]["linear"], run["macs"]["total"])),
+        f"{metric.score(run):.2f}",
+        *(f"{n / 1e6:.3f}" for n in (run["params"], run["macs"]["linear"] / units, run["macs"]["total"] / units)),
         " / ".join(f"{factor[key]:.2f}" for key in ("core", "linear", "total")),
         f"{run['wall_seconds']:.0f}",
     ]
@@ -84,23 +88,25 @@ def heading(runs: list[dict[str, Any]]) -> str:
     )
 
 
-def rows(runs: list[dict[str, Any]]) -> list[list[str]]:
-    return [cells(run, label) for run, label in zip(runs, labels(runs), strict=True)]
+def rows(runs: list[dict[str, Any]], metric: Metric) -> list[list[str]]:
+    return [cells(run, label, metric) for run, label in zip(runs, labels(runs), strict=True)]
 
 
-def markdown(runs: list[dict[str, Any]]) -> str:
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(runs)]
+def markdown(runs: list[dict[str, Any]], metric: Metric) -> str:
+    names = columns(metric)
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    lines += [f"| {' | '.join(row)} |" for row in rows(runs, metric)]
     return "\n".join([*lines, "", heading(runs) + "."]) + "\n"
 
 
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Top-1 against total MACs, a point a run."""
+def plot(runs: list[dict[str, Any]], metric: Metric, path: Path) -> None:
+    """The metric against total MACs, a point a run."""
+    macs = [run["macs"]["total"] / metric.units(run) / 1e6 for run in runs]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for run, label in zip(runs, labels(runs), strict=True):
-        axes.plot(run["macs"]["total"] / 1e6, run["top1"], "o", markersize=9, label=label)
-    axes.set_xlim(0, 1.1 * max(run["macs"]["total"] for run in runs) / 1e6)
-    axes.set(xlabel="MACs of one image, millions", ylabel="top-1, %")
+    for run, x, label in zip(runs, macs, labels(runs), strict=True):
+        axes.plot(x, metric.score(run), "o", markersize=9, label=label)
+    axes.set_xlim(0, 1.1 * max(macs))
+    axes.set(xlabel=f"MACs of one {metric.unit}, millions", ylabel=metric.label)
     axes.set_title(heading(runs).split(", ")[0], fontsize=11)
     axes.margins(y=0.3)
     axes.grid(alpha=0.3)
@@ -117,16 +123,19 @@ def main() -> None:
     runs = read_runs(arguments.folders)
     if not runs:
         sys.exit(f"error: no summary.json below {arguments.folders[0]}; train something first: python train.py")
+    metric = metric_of(runs)
+    if metric is None:
+        sys.exit("error: runs on images and on text cannot stand in one table; give folders of one kind")
     out = arguments.out or arguments.folders[0]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.md").write_text(markdown(runs))
+    (out / "compare.md").write_text(markdown(runs, metric))
     (out / "compare.json").write_text(json.dumps(runs, indent=2) + "\n")
-    plot(runs, out / "compare.png")
+    plot(runs, metric, out / "compare.png")
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for index, column in enumerate(COLUMNS):
-        width = max(len(row[index]) for row in rows(runs))
+    for index, column in enumerate(columns(metric)):
+        width = max(len(row[index]) for row in rows(runs, metric))
         table.add_column(column, justify="right" if index else "left", min_width=width)
-    for row in rows(runs):
+    for row in rows(runs, metric):
         table.add_row(*row)
     console = Console(width=max(100, Console().width))
     console.print(table)

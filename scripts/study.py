@@ -10,10 +10,10 @@ import json
 import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from math import prod
 from pathlib import Path
 from typing import Any
 
+from metrics import METRICS, Metric
 from omegaconf import OmegaConf
 
 from stl import SettingError
@@ -31,26 +31,6 @@ OF_THE_MACHINE = re.compile(
 )
 # Settings that say what is computed in a step: not how it is learnt, nor with which weights it begins.
 OF_THE_MODEL = re.compile(r"[+~]*(experiment|(model|linear)(\.(?!start=).*)?|data(\.(image_size|batch_size))?)=")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What runs are compared by: the first of `keys`, of their summaries. MACs are those of one `unit`."""
-
-    keys: tuple[str, ...]
-    label: str
-    higher_is_better: bool
-    unit: str
-
-    def units(self, summary: dict[str, Any]) -> int:
-        """How many of `unit` the input holds of which a summary counts the MACs."""
-        return prod(summary["input_shape"]) if self.unit == "token" else 1
-
-
-METRICS = {
-    "top1": Metric(("top1", "top5"), "top-1 %", True, "image"),
-    "perplexity": Metric(("perplexity",), "perplexity", False, "token"),
-}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-from study import Metric
+from metrics import Metric
 from study_results import Result
 
 matplotlib.use("Agg")

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from metrics import Metric
 from scipy.stats import ttest_rel
-from study import Metric, Section, Study
+from study import Section, Study
 from study_plot import plot
 from study_results import Result, read_result, read_speeds
 from tables import table
@@ -37,7 +38,7 @@ def against(result: Result, baseline: Result | None, metric: Metric) -> tuple[st
     seeds = [seed for seed in result.summaries if seed in baseline.summaries]
     if not seeds:
         return "–", "–"
-    own, other = ([of.summaries[seed][metric.keys[0]] for seed in seeds] for of in (result, baseline))
+    own, other = ([metric.score(of.summaries[seed]) for seed in seeds] for of in (result, baseline))
     difference = statistics.mean(a - b for a, b in zip(own, other, strict=True))
     better = "greater" if metric.higher_is_better else "less"
     p = ttest_rel(own, other, alternative=better).pvalue if len(seeds) > 1 else None

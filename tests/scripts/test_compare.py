@@ -92,3 +92,17 @@ def test_rivals_are_labelled_by_their_own_settings(tmp_path, monkeypatch):
 def test_no_runs_is_an_error_of_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"error: no summary.json below .*; train something first"):
         run_script(monkeypatch, tmp_path)
+
+
+def test_language_models_are_compared_by_perplexity_and_macs_a_token(tmp_path, monkeypatch):
+    write(tmp_path / "a", top1=None, perplexity=12.5, input_shape=[2, 50])
+    run = json.loads((tmp_path / "a" / "summary.json").read_text())
+    del run["top1"]
+    (tmp_path / "a" / "summary.json").write_text(json.dumps(run))
+    run_script(monkeypatch, tmp_path)
+    table = (tmp_path / "compare.md").read_text()
+    assert "| linear layers | perplexity | params M |" in table
+    assert "| stl t=4 r=16 frame | 12.50 | 1.235 | 0.010 | 0.020 | 4.00 / 2.50 / 1.75 | 61 |" in table
+    write(tmp_path / "b", overrides=["seed=1"])
+    with pytest.raises(SystemExit, match=r"^error: runs on images and on text cannot stand in one table"):
+        run_script(monkeypatch, tmp_path)

@@ -135,12 +135,14 @@ def test_a_run_that_was_stopped_ends_as_it_would_have_without_the_dense_weights(
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def test_a_checkpoint_is_evaluated(words, dense):
+def test_a_checkpoint_is_evaluated(words, dense, capsys):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("eval", [f"ckpt={dense / 'checkpoints' / 'last.ckpt'}", "latency.repeats=1", "accelerator=cpu"])
-    figures, _ = evaluation.evaluate(cfg)
-    assert figures["val_loss"] > 0
+    figures, target = evaluation.evaluate(cfg)
     assert set(figures["latency_ms"]) == {"1", "32"}
+    assert figures["perplexity"] == exp(figures["val_loss"])
+    evaluation.show(figures, target)
+    assert re.search(rf"perplexity +│ {figures['perplexity']:.3f}", capsys.readouterr().out)
 
 
 def test_distillation_learns_from_the_teachers_logits(words, dense, tmp_path):
