@@ -30,10 +30,6 @@ from stl import SettingError, count_flops
 log = logging.getLogger(__name__)
 
 
-# Of models that begin with trained weights: settings without them.
-NO_WEIGHTS = {"weights": None, "calibration": 0, "calibrate_basis": False}
-
-
 def build(cfg: DictConfig, *, fresh: bool = True) -> tuple[Task, BatchDataModule]:
     """The task and the data module that a configuration describes.
 
@@ -46,8 +42,8 @@ def build(cfg: DictConfig, *, fresh: bool = True) -> tuple[Task, BatchDataModule
             f"task={kind.__module__}.{kind.__name__} learns from {kind.takes}, and data={data.name} gives {data.unit}; "
             "set a task, data and a model that go together, as those of configs/experiment/ do"
         )
-    kept = {} if fresh else {key: value for key, value in NO_WEIGHTS.items() if key in cfg.model}
-    model = instantiate(cfg.model, linear=instantiate(cfg.linear), **data.for_model, **kept)
+    start = {"restored": not fresh} if "weights" in cfg.model else {}
+    model = instantiate(cfg.model, linear=instantiate(cfg.linear), **data.for_model, **start)
     optimizer = instantiate(cfg.optimizer)
     optimizer(model)  # wrong settings show now, not in the middle of a run
     task = kind.configured(

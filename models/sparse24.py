@@ -64,8 +64,9 @@ class Sparse24Linear(RivalLinear):
         Raises SettingError where these are given and not asked for, or the other way round.
         """
         if (input_norm is None) != (self.input_norm is None):
-            needs = "no calibration data" if self.input_norm is None else "calibration data"
-            raise SettingError(f"pruning={self.pruning!r} needs {needs}")
+            if self.input_norm is None:
+                raise SettingError("pruning='magnitude' needs no calibration data; leave it out, or set pruning=wanda")
+            raise SettingError("pruning='wanda' needs calibration data; give some, or set pruning=magnitude")
         self.weight.copy_(weight)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)

@@ -29,6 +29,7 @@ def build_llama(
     weights: str | None = None,
     calibration: int = 0,
     calibrate_basis: bool = False,
+    restored: bool = False,
     **sizes: Any,
 ) -> "STLLlamaForCausalLM":
     """A LLaMA, float32, with `linear` in the place of the linear layers of `linear_groups`.
@@ -44,6 +45,7 @@ def build_llama(
             (`stl.calibration`), the masks of 2:4 layers with pruning=wanda to the sizes of their inputs; on a GPU where
             there is one. 0 does not.
         calibrate_basis: fit encoders and decoders as well.
+        restored: all its weights come from elsewhere afterwards; nothing is read or fitted.
         **sizes: of `transformers.LlamaConfig`; a `vocab_size` of None is that of the data.
 
     Raises:
@@ -68,6 +70,8 @@ def build_llama(
         raise SettingError(
             f"data.length={length} is above model.max_position_embeddings={config.max_position_embeddings}"
         )
+    if restored:
+        weights, calibration, calibrate_basis = None, 0, False
     keywords = dict(linear.keywords) if isinstance(linear, partial) else {}
     kind = linear.func if isinstance(linear, partial) else linear
     for setting, value in {"calibration": calibration, "calibrate_basis": calibrate_basis}.items():
@@ -89,6 +93,8 @@ def build_llama(
             **keywords,
         )
     elif kind is not nn.Linear:
+        if kind is Sparse24Linear and keywords.get("pruning") == "wanda" and weights is None and not restored:
+            raise SettingError("linear.pruning=wanda needs trained weights; set model.weights as well")
         _swap(model, patterns(linear_groups), linear, weights is not None, batches)
     return model.train() if batches is None else model.cpu().train()
 

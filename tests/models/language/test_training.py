@@ -115,11 +115,12 @@ def test_the_run_folder_holds_what_scripts_rely_on(dense):
     assert losses[-1] < losses[0]
 
 
-def test_a_run_that_was_stopped_ends_as_it_would_have_without_the_dense_weights(words, dense, tmp_path):
+@pytest.mark.parametrize("kind", ["stl", "sparse24"])
+def test_a_run_that_was_stopped_ends_as_it_would_have_without_the_dense_weights(kind, words, dense, tmp_path):
     weights = shutil.copy(dense / "checkpoints" / "last.ckpt", tmp_path / "dense.ckpt")
     own = ["trainer.max_epochs=2", "trainer.limit_train_batches=4", "callbacks.checkpoint.every_steps=3"]
-    own += [f"model.weights={weights}", "model.calibration=8", "model.linear_groups=[mlp]", "linear.rank=20"]
-    own += ["callbacks.checkpoint.keep=9", "experiment=llm/small_stl"]
+    own += [f"model.weights={weights}", "model.calibration=8", "model.linear_groups=[mlp]"]
+    own += ["callbacks.checkpoint.keep=9", f"experiment=llm/small_{kind}"]
     whole = run(tmp_path / "whole", *words, *own)
     names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").glob("0*.ckpt"))
     middle = tmp_path / "stopped" / "checkpoints" / names[len(names) // 2]
@@ -192,6 +193,7 @@ def test_distillation_learns_from_the_teachers_logits(words, dense, tmp_path):
             ["experiment=llm/small_sparse24", "model.weights={dense}"],
             "pruning='wanda' needs calibration data",
         ),
+        (["experiment=llm/small_sparse24"], "linear.pruning=wanda needs trained weights; set model.weights as well"),
         (["label_smoothing=0.1"], "label_smoothing=0.1 is for images"),
         (
             ["task=models.classification.ClassificationTask"],
