@@ -12,6 +12,10 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+.venv/installed-llm: requirements-llm.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-llm.txt
+	touch $@
+
 train: install  ## dense and STL on the digits side by side, then one table and one plot
 	@mkdir -p outputs/digits
 	@$(BIN)/python train.py linear=dense num_threads=1 callbacks.progress_bar=null > outputs/digits/dense.log 2>&1 & dense=$$!; \
@@ -20,7 +24,7 @@ train: install  ## dense and STL on the digits side by side, then one table and 
 	wait $$dense || { cat outputs/digits/dense.log; exit 1; }
 	$(BIN)/python scripts/compare.py outputs/digits
 
-test: install  ## lint, types, tests
+test: install .venv/installed-llm  ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -83,7 +83,7 @@ def build_llama(
     model = STLLlamaForCausalLM(config) if weights is None else read_weights(weights, config)
     batches = list(sample(calibration).split(8)) if calibration else None
     if batches is not None and torch.cuda.is_available():  # the model goes there later anyway, and this takes its time
-        model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        nn.Module.to(model, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     if kind is STLLinear:
         model.convert(
             groups=list(linear_groups),

@@ -104,16 +104,17 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
                 f"past_key_values is a {type(cache).__name__}, and STL layers over tokens go with a DynamicCache only; "
                 "use that, or convert with row_axis='batch'"
             )
-        if cache.get_seq_length() == 0 or getattr(cache, "stl", None) is None or cache.stl.model is not self:
-            cache.stl = Streaming(self)
-        if cache.stl.seen != cache.get_seq_length():
+        holder: Any = cache
+        if cache.get_seq_length() == 0 or getattr(holder, "stl", None) is None or holder.stl.model is not self:
+            holder.stl = Streaming(self)
+        if holder.stl.seen != cache.get_seq_length():
             raise SettingError(
-                f"past_key_values holds {cache.get_seq_length()} tokens, and the STL layers have seen {cache.stl.seen} "
-                "with it; a cache must be this model's from its beginning, and cannot be shortened"
+                f"past_key_values holds {cache.get_seq_length()} tokens, and the STL layers have seen "
+                f"{holder.stl.seen} with it; a cache must be this model's from its beginning, and cannot be shortened"
             )
-        return cache.stl
+        return holder.stl
 
-    def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
+    def _reorder_cache(self, past_key_values: Any, beam_idx: Tensor) -> Any:
         """What `generate` calls when beams go on."""
         past_key_values.reorder_cache(beam_idx)
         if hasattr(past_key_values, "stl"):

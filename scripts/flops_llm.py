@@ -1,0 +1,60 @@
+"""What language models cost a token, dense, 2:4 sparse and with STL layers, counted analytically.
+
+    python scripts/flops_llm.py                                # writes results/flops_llm.{md,json}
+    python scripts/flops_llm.py --models llama_small --length 512 --ranks 16 20 24 --out .
+
+Attention products are counted in full, masked or not; 2:4 as sparse kernels compute it. Nothing is computed, and no
+weights are held.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_llm import WAYS, build, configuration
+from benchmarking import run_main
+from tables import table
+from torch import nn
+
+from models.callbacks import write_json
+from models.sparse24 import Sparse24Linear
+from stl import STLLinear, count_flops
+
+COLUMNS = ["model", "linear layers", "params M", "linear MMACs", "total MMACs", "core ×", "linear ×", "total ×"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama_tinyllama", "llama_small"], help="of configs/model/")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 24, 32])
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=8, help="sequences, for tiles over the batch")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder")
+    arguments = parser.parse_args()
+    kinds: dict[str, Any] = {"dense": nn.Linear, "2:4": Sparse24Linear}
+    for rank in arguments.ranks:
+        kinds[f"stl t=4 r={rank}"] = partial(STLLinear, tile=4, rank=rank, **WAYS["tokens"])
+    lines, counted = [], []
+    for name in arguments.models:
+        for label, linear in kinds.items():
+            with torch.device("meta"):
+                model = build(configuration(name), linear, "meta", torch.float32)
+            report = count_flops(model, (arguments.batch, arguments.length), torch.int64)
+            tokens, factor = arguments.batch * arguments.length, report.flop_factor
+            millions = [
+                f"{number / 1e6:.1f}" for number in (report.params, report.linear / tokens, report.total / tokens)
+            ]
+            lines.append([name, label, *millions, *(f"{factor[key]:.2f}" for key in ("core", "linear", "total"))])
+            print(*lines[-1], flush=True)
+            short = {key: value for key, value in report.to_dict().items() if key != "layers"}
+            counted.append({"model": name, "linear": label, **short})
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out / "flops_llm.json", counted)
+    note = f"One token of sequences of {arguments.length}; 1 MAC = 2 FLOPs; × is dense MACs / MACs.\n"
+    (arguments.out / "flops_llm.md").write_text(f"{table(COLUMNS, lines)}\n\n{note}")
+
+
+if __name__ == "__main__":
+    run_main(main)
