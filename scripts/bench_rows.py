@@ -37,9 +37,8 @@ def model(words: list[str]) -> nn.Module:
 def measure_row(row: Row, machine_words: list[str], how: How) -> dict[str, Any]:
     words = [*row.runs[0].overrides, *machine_words]
     config = configuration(words)
-    case = Case(
-        config.model.name, row.folder, config.data.batch_size, fused=True
-    )  # named by the first row of its model
+    # named by the first row of its model
+    case = Case(config.model.name, row.folder, config.data.batch_size, fused=True)
     rates = measure(case, partial(model, words), replace(how, image_size=config.data.image_size))
     return {**vars(case), "settings": model_settings(row.runs[0].overrides), **rates}
 

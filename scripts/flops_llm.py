@@ -30,7 +30,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["llama_tinyllama", "llama_small"], help="of configs/model/")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 24, 32])
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--batch", type=int, default=8, help="sequences, for tiles over the batch")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder")
     arguments = parser.parse_args()
     kinds: dict[str, Any] = {"dense": nn.Linear, "2:4": Sparse24Linear}
@@ -41,11 +40,10 @@ def main() -> None:
         for label, linear in kinds.items():
             with torch.device("meta"):
                 model = build(configuration(name), linear, "meta", torch.float32)
-            report = count_flops(model, (arguments.batch, arguments.length), torch.int64)
-            tokens, factor = arguments.batch * arguments.length, report.flop_factor
-            millions = [
-                f"{number / 1e6:.1f}" for number in (report.params, report.linear / tokens, report.total / tokens)
-            ]
+            report = count_flops(model, (1, arguments.length), torch.int64)
+            linear_macs, total = report.linear / arguments.length, report.total / arguments.length
+            millions = [f"{number / 1e6:.1f}" for number in (report.params, linear_macs, total)]
+            factor = report.flop_factor
             lines.append([name, label, *millions, *(f"{factor[key]:.2f}" for key in ("core", "linear", "total"))])
             print(*lines[-1], flush=True)
             short = {key: value for key, value in report.to_dict().items() if key != "layers"}

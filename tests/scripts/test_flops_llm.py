@@ -14,12 +14,12 @@ def test_a_token_of_each_kind_costs_what_its_matrices_say(tmp_path, monkeypatch)
     pytest.importorskip("transformers")
     small = OmegaConf.merge(configuration("llama_small"), {**SIZES, "vocab_size": 40})
     monkeypatch.setattr(flops_llm, "configuration", lambda model: small)
-    words = ["--models=llama_small", "--ranks", "16", "--length=8", "--batch=4", f"--out={tmp_path}"]
+    words = ["--models=llama_small", "--ranks", "16", "--length=8", f"--out={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["flops_llm.py", *words])
     flops_llm.main()
     dense, sparse, stl = json.loads((tmp_path / "flops_llm.json").read_text())
     swapped = 2 * (24 * 24 + 2 * 24 * 12 + 24 * 24 + 3 * 24 * 36)  # queries, keys and values, output, MLP
-    assert dense["macs"]["linear"] == 32 * (swapped + 24 * 40)
-    assert sparse["macs"]["linear"] == 32 * (swapped / 2 + 24 * 40)
-    assert stl["macs"]["core"] == 32 * (swapped / 4 + 24 * 40)
-    assert f"| {dense['macs']['total'] / 32 / 1e6:.1f} |" in (tmp_path / "flops_llm.md").read_text()
+    assert dense["macs"]["linear"] == 8 * (swapped + 24 * 40)
+    assert sparse["macs"]["linear"] == 8 * (swapped / 2 + 24 * 40)
+    assert stl["macs"]["core"] == 8 * (swapped / 4 + 24 * 40)
+    assert f"| {dense['macs']['total'] / 8 / 1e6:.1f} |" in (tmp_path / "flops_llm.md").read_text()

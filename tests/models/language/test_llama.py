@@ -49,20 +49,22 @@ def test_no_logit_depends_on_a_later_token(way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_nor_where_sequences_are_padded_or_packed(way):
-    model, x = llama(WAYS[way]), ids(2, 9)
-    padded = torch.ones_like(x)
-    padded[0, :3] = 0
-    hidden, positions = padded == 0, (padded.cumsum(1) - 1).clamp_min(0)
-    before = logits(model, x, attention_mask=padded, position_ids=positions)
-    assert before.isfinite().all()
-    for i in range(9):
-        changed = x.clone()
-        changed[:, i] = 2
-        after = logits(model, changed, attention_mask=padded, position_ids=positions)
-        assert torch.equal(after[:, :i], before[:, :i])
-        assert not torch.equal(after[~hidden[:, i], i], before[~hidden[:, i], i])
-    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0]]).expand(2, -1)
-    assert_causal(model, x, position_ids=packed)
+    model = llama(WAYS[way])
+    for length in range(1, 14):
+        x = ids(2, length)
+        padded = torch.ones_like(x)
+        padded[0, : min(3, length - 1)] = 0
+        hidden, positions = padded == 0, (padded.cumsum(1) - 1).clamp_min(0)
+        before = logits(model, x, attention_mask=padded, position_ids=positions)
+        assert before.isfinite().all()
+        for i in range(length):
+            changed = x.clone()
+            changed[:, i] = 2
+            after = logits(model, changed, attention_mask=padded, position_ids=positions)
+            assert torch.equal(after[:, :i], before[:, :i])
+            assert not torch.equal(after[~hidden[:, i], i], before[~hidden[:, i], i])
+        packed = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 0, 1, 2])[:length].expand(2, -1)
+        assert_causal(model, x, position_ids=packed)
 
 
 @pytest.mark.parametrize("parts", [[1] * 13, [6, 1, 1, 4, 1]])
