@@ -4,7 +4,10 @@ Reference: Ailon, Bercovich, Uffenheimer, Weinstein, "Changing Base Without Losi
 MatMul in DNNs", arXiv 2503.12211.
 """
 
+from importlib import import_module
+
 from stl import bases as bases  # registers the families
+from stl import kernels
 from stl.attention import STLMultiheadAttention
 from stl.basis import Basis, get_basis, list_bases, register_basis
 from stl.blocks import STLBlock, fuse_blocks
@@ -38,3 +41,6 @@ __all__ = [
     "stl_linear",
     "stl_matmul",
 ]
+
+if kernels.HAS_TRITON:  # FlopCounterMode and torch.export know the operators that are registered before they begin
+    import_module("stl.kernels.mlp")

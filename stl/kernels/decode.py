@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stl.kernels.shares import add_up
 from stl.kernels.tiles import (
     MANY_PROGRAMS,
     Tiling,
@@ -72,8 +73,7 @@ def decode(
 def decode_gradient(gradient: Tensor, encoder: Tensor, x: Tensor, dx: Tensor, tile: int) -> Tensor:
     """The gradient (r, P, K) of what `encode` gave for x (B, n, k) → those of what it was given, in one pass.
 
-    The input's is written to dx (B, n, k), and over `gradient` x encoded again. Returns that of the encoder, float32
-    (r, t²).
+    The input's is written to dx (B, n, k), and over `gradient` x encoded again. Returns that of the encoder (r, t²).
     """
     products = _launch(gradient, encoder, dx, tile, None, x, again=True)
     assert products is not None
@@ -97,4 +97,4 @@ def _launch(
                 **constants(tiling, rank, dtype, grid), BIAS=bias is not None,
                 RESIDUAL=x is not None and not again, INPUT=again,
             )  # fmt: skip
-    return None if products is None else products.sum(0)
+    return None if products is None else add_up(products, matrix.dtype)

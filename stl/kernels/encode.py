@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stl.kernels.shares import add_up
 from stl.kernels.tiles import (
     MANY_PROGRAMS,
     Tiling,
@@ -68,9 +69,9 @@ def encode_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradient of what `decode` gave, (B, n, m) → those of what it was given, in one pass over memory.
 
-    Returns the gradient of the channels, (r, P, M), in the precision of the decoder, whatever that of `gradient` is;
-    that of the decoder, float32 (r, t²), where the decoded `channels` (r, P, M) are given; that of the bias, float32
-    (m,), where it is asked for.
+    Returns the gradient of the channels, (r, P, M);
+    that of the decoder (r, t²), where the decoded `channels` (r, P, M) are given; that of the bias (m,), where it is
+    asked for; all in the precision of the decoder, whatever that of `gradient` is.
     """
     tiling = Tiling.of(gradient, tile)
     dchannels = decoder.new_empty(len(decoder), tiling.rows, tiling.columns)
@@ -93,4 +94,5 @@ def _launch(
                 x, *x.stride(), *tiling.sizes(), matrix, channels, others, products, sums,
                 **constants(tiling, rank, dtype, grid), PRODUCT=others is not None, SUM=bias,
             )  # fmt: skip
-    return None if products is None else products.sum(0), None if sums is None else sums.sum(0)
+    products, sums = (None if shares is None else add_up(shares, dtype) for shares in (products, sums))
+    return products, sums

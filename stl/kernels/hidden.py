@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stl.kernels.activations import activate, slope
+from stl.kernels.shares import add_up
 from stl.kernels.tiles import (
     MANY_PROGRAMS,
     Grid,
@@ -172,7 +173,7 @@ def hidden_gradient(
 ) -> tuple[Coded, Coded | None, Tensor]:
     """The gradient (r', P, M) of what `hidden` gave → in one pass over memory those of `first`, `up` and `encoder`.
 
-    Those of decoders, encoder and biases are float32. What `hidden` gave is written over `gradient`.
+    What `hidden` gave is written over `gradient`.
     """
     block = 64 if up is None else 32  # for the registers of twice as much
     grid = divide_for_sums(tiling, gradient.dtype, _highest_rank(first, up, encoder), block)
@@ -185,8 +186,11 @@ def hidden_gradient(
             None if of.bias is None else gradient.new_empty(grid.chunks, tiling.k, dtype=torch.float32),
         )
 
+    def total(shares: Tensor) -> Tensor:
+        return add_up(shares, gradient.dtype)
+
     def added(of: Coded) -> Coded:
-        return Coded(of.channels, of.decoder.sum(0), None if of.bias is None else of.bias.sum(0))
+        return Coded(of.channels, total(of.decoder), None if of.bias is None else total(of.bias))
 
     dfirst, dup = shares(first), None if up is None else shares(up)
     dencoder = gradient.new_empty(grid.programs, *encoder.shape, dtype=torch.float32)
@@ -196,7 +200,7 @@ def hidden_gradient(
                 *first, *(up or (None,) * 3), encoder, gradient, *dfirst, *(dup or (None,) * 3), dencoder,
                 *tiling.sizes(), **_constants(first, up, encoder, activation, tiling, grid),
             )  # fmt: skip
-    return added(dfirst), None if dup is None else added(dup), dencoder.sum(0)
+    return added(dfirst), None if dup is None else added(dup), total(dencoder)
 
 
 def _highest_rank(first: Coded, up: Coded | None, encoder: Tensor) -> int:

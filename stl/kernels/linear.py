@@ -105,7 +105,7 @@ def _encode_gemm_backward(
         sample_view(dx, rows_first),
         tile_of(encoder),
     )
-    return dx, weight_gradient(channels, gradient), dencoder.to(x.dtype)
+    return dx, weight_gradient(channels, gradient), dencoder
 
 
 @_encode_gemm_backward.register_fake
@@ -183,7 +183,7 @@ def _decode_backward(
     dchannels, ddecoder, dbias = encode_gradient(
         sample_view(gradient, rows_first), decoder.contiguous(), tile_of(decoder), channels, bias
     )
-    ddecoder, dbias = (dchannels.new_empty(0) if total is None else total.to(dchannels) for total in (ddecoder, dbias))
+    ddecoder, dbias = (dchannels.new_empty(0) if total is None else total for total in (ddecoder, dbias))
     return dchannels, ddecoder, dbias
 
 

@@ -101,8 +101,8 @@ def _hidden_gemm_backward(
     tiling = Tiling(samples, n, m, tile_of(decoder), channels.shape[2])
     dfirst, dup, dencoder = hidden_gradient(*before, encoder.contiguous(), inner, activation, tiling)
     gradients = (*dfirst, *(dup or (None,) * 3), dencoder)
-    small = (channels.new_empty(0) if one is None else one.to(channels.dtype) for one in gradients)
-    return *small, weight_gradient(inner, gradient)  # type: ignore[return-value]
+    given = (channels.new_empty(0) if one is None else one for one in gradients)
+    return *given, weight_gradient(inner, gradient)  # type: ignore[return-value]
 
 
 @_hidden_gemm_backward.register_fake

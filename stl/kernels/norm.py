@@ -24,6 +24,7 @@ from stl.kernels.linear import (
     tile_of,
     wanted,
 )
+from stl.kernels.shares import add_up
 from stl.kernels.tiles import (
     PROGRAMS,
     Grid,
@@ -208,10 +209,10 @@ def _norm_encode_gemm_backward(
             )  # fmt: skip
     return (
         dx,
-        dgain.sum(0).to(gain.dtype),
-        gain.new_empty(0) if dshift is None else dshift.sum(0).to(gain.dtype),
+        add_up(dgain, gain.dtype),
+        gain.new_empty(0) if dshift is None else add_up(dshift, gain.dtype),
         weight_gradient(channels, gradient),
-        products.sum(0).to(encoder.dtype),
+        add_up(products, encoder.dtype),
     )
 
 

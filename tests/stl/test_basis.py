@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stl.basis
-from stl import Basis, SettingError, STLLinear, bases, get_basis, list_bases, register_basis
+from stl import Basis, SettingError, STLLinear, bases, get_basis, list_bases, register_basis, stl_matmul
 from stl.bases.frame import tight_frame
 from stl.basis import available_ranks, least_squares_encode_w, matmul_tensor
 
@@ -152,6 +152,30 @@ def test_rounding_does_not_decide_which_frame_comes_out(tile, rank, monkeypatch)
     wanted = tight_frame(tile, rank)
     monkeypatch.setattr(torch.linalg, "svd", lambda a, **kw: svd(a + 1e-15 * torch.randn_like(a), **kw))
     torch.testing.assert_close(tight_frame(tile, rank), wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("tile", "rank"), [(2, 5), (3, 9), (3, 20), (4, 16), (4, 24), (4, 41), (4, 64), (8, 96)])
+def test_shuffle_reaches_a_product_with_every_channel_and_serves_all_entries_evenly(tile, rank):
+    basis = get_basis("shuffle", tile, rank)
+    assert basis.error == pytest.approx(1 - rank / tile**3, abs=1e-12)
+    assert basis.amplification == pytest.approx(rank / tile**3)
+    for matrix in (basis.encode_x, basis.decode):
+        torch.testing.assert_close(matrix.norm(dim=1), torch.ones(rank, dtype=torch.float64), rtol=0, atol=1e-12)
+        singular = torch.linalg.svdvals(matrix).square()
+        assert rank // tile**2 - 1e-9 <= singular.min()
+        assert singular.max() <= -(-rank // tile**2) + 1e-9
+
+
+@pytest.mark.parametrize("rank", [16, 20, 24, 40])
+def test_shuffle_and_a_dense_weight_leave_tokens_apart(rank):
+    basis = get_basis("shuffle", 4, rank)
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    other = x.clone()
+    other[2] += 1
+    moved = (stl_matmul(other, w, basis) - stl_matmul(x, w, basis)).abs().amax(1)
+    assert moved[2] > 0.1
+    assert moved[torch.arange(8) != 2].max() < 1e-12
 
 
 @pytest.mark.parametrize("rank", [1, 9, 16, 17, 40, 64])

@@ -9,6 +9,7 @@ import torch
 from agreement import DEVICE, gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import program
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -287,3 +288,10 @@ def test_auto_takes_the_kernels_in_compiled_code():
     with FlopCounterMode(display=False) as counter:
         stl_linear(*arguments)
     assert torch.ops.stl.decode not in counter.get_flop_counts()["Global"]  # one small call
+
+
+def test_the_operators_are_there_once_the_package_is():
+    """FlopCounterMode counts, and torch.export loads, only what is registered before it begins."""
+    names = ["encode_gemm", "decode", "hidden_gemm", "norm_encode_gemm"]
+    done = program("-c", f"import stl, torch; [getattr(torch.ops.stl, name) for name in {names}]", fresh=True)
+    assert done.returncode == 0, done.stderr
