@@ -1,9 +1,9 @@
-"""Walsh functions over tokens; features enter one by one and leave as Walsh functions. Any rank from t² to t³.
+"""Walsh functions over tokens; features enter one by one and leave as Walsh functions. Any rank from t² to below t³.
 
 Channel (a, b, c) reads the token function χ_a of feature b and writes χ_a of the function χ_c of features: encode_x is
-χ_a ⊗ e_b, decode χ_a ⊗ χ_c. All rows have norm 1, and the pairs e_b ⊗ χ_c, t² of them for each a, are orthonormal. Hence
+χ_a ⊗ e_b, decode χ_a ⊗ χ_c. All rows have norm 1, and of the pairs e_b ⊗ χ_c, t² for each a, all are orthonormal. So
 
-- r channels reach r of the t³ orthonormal parts of the product: error 1 − r/t³, S = r/t³, exact at rank t³;
+- r channels reach r of the t³ orthonormal parts of the product: error 1 − r/t³, S = r/t³;
 - where t divides r, all a have the same pairs, and a dense weight, encoded, leaves the tokens of a tile apart.
 
 In `hadamard` features enter and leave as the same functions. Its channels then make t groups of features, which linear
@@ -17,7 +17,7 @@ from stl.bases.frame import orthonormal_transform
 from stl.basis import Basis, least_squares_encode_w, register_basis
 
 
-@register_basis("shuffle", ranks=lambda tile: range(tile**2, tile**3 + 1))
+@register_basis("shuffle", ranks=lambda tile: range(tile**2, tile**3))
 def shuffle(tile: int, rank: int) -> Basis:
     functions, single = orthonormal_transform(tile), torch.eye(tile, dtype=torch.float64)
     steps = range(tile)
