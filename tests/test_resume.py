@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llamas import SIZES
 from PIL import Image
 from running import QUICK, SERVER, TIMES, as_where_a_program_starts, program, run
 from sklearn.datasets import load_digits
+from texts import stories
 
 from train import one_line_errors
 
@@ -86,7 +88,7 @@ def outcome(folder: Path) -> dict:
         "summary": {key: value for key, value in summary.items() if key not in TIMES},
         "curve": list(csv.DictReader((folder / "metrics.csv").open())),
         "weights": last["state_dict"],
-        "average": last["callbacks"]["ModelEma"]["model"],
+        "average": last["callbacks"].get("ModelEma", {}).get("model", {}),
         "files": [len(checkpoints), checkpoints[-2:]],  # the one before the last may be that of a signal
     }
 
@@ -99,11 +101,13 @@ def assert_same(one: dict, other: dict) -> None:
         assert all(torch.equal(value, other[key][name]) for name, value in one[key].items()), key
 
 
-@pytest.fixture(scope="module", params=["digits", "shards"])
+@pytest.fixture(scope="module", params=["digits", "shards", "text"])
 def words(request, tmp_path_factory) -> list[str]:
-    """The command line, once for the digits and once for digits in WebDataset shards, read by two workers."""
+    """The command line: for the digits, for digits in WebDataset shards, read by two workers, and for text."""
     if request.param == "digits":
         return WORDS
+    if request.param == "text":
+        return language(tmp_path_factory.mktemp("text"))
     folder, shards = tmp_path_factory.mktemp("digits"), tmp_path_factory.mktemp("shards")
     digits = load_digits()
     for index, (image, label) in enumerate(zip(digits.images[:160], digits.target[:160], strict=True)):
@@ -116,6 +120,32 @@ def words(request, tmp_path_factory) -> list[str]:
     assert program("scripts/write_shards.py", str(folder), str(shards), "--per-shard=50").returncode == 0
     own = ["data=imagenet_wds", f"data.root={shards}", "data.image_size=32", "data.num_workers=2", "data.shuffle=20"]
     return [*WORDS, *own, "data.pin_memory=false"]
+
+
+def language(folder: Path) -> list[str]:
+    """A LLaMA with STL layers, its steps of two batches."""
+    pytest.importorskip("transformers")
+    (folder / "all.txt").write_text("|".join(stories(0, 400)))
+    sizes = {"max_position_embeddings": 64, **SIZES}
+    return [
+        *QUICK,
+        "experiment=llm/small_stl",
+        "model.calibration=0",
+        *(f"model.{key}={value}" for key, value in sizes.items()),
+        f"data.root={folder}",
+        "data.separator='|'",
+        "data.val_share=0.1",
+        "data.tokenizer=bytes",
+        "data.length=32",
+        f"data.packed={folder / 'packed'}",
+        "data.device_batch_size=4",
+        "trainer.precision=32-true",
+        "trainer.max_epochs=3",
+        "trainer.limit_train_batches=20",
+        "trainer.limit_val_batches=2",
+        "callbacks.checkpoint.every_steps=3",
+        "logger=csv",
+    ]
 
 
 @pytest.fixture(scope="module")
