@@ -14,14 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from data.datamodule import BatchDataModule
 from models.callbacks import describe_device, write_json
-from models.checkpoint import load_checkpoint, load_weights
-from models.ema import averaged_weights
+from models.checkpoint import load_checkpoint
+from models.configured import restore
 from models.quiet import quiet
-from models.task import Task
 from stl import SettingError, count_flops
-from train import build, describe, one_line_errors
+from train import describe, one_line_errors
 
 
 @torch.inference_mode()
@@ -40,24 +38,6 @@ def latency(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, repeats:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return 1000 * statistics.median(seconds[3:])
-
-
-def restore(
-    checkpoint: dict[str, Any], path: Path, config: DictConfig, averaged: bool = True
-) -> tuple[Task, BatchDataModule, bool]:
-    """The task of a checkpoint, not compiled, with its weights; its data; whether the weights are the averaged ones.
-
-    `config` is the checkpoint's, perhaps with other data; `averaged` asks for the average where the run kept one.
-    """
-    config.compile = None  # latencies are those of the model as it stands
-    if config.get("distillation"):
-        config.distillation.teacher = None  # of training only
-    task, data = build(config, fresh=False)
-    load_weights(task, checkpoint, path, task.config)
-    average = averaged_weights(checkpoint) if averaged else None
-    if average is not None:
-        task.model.load_state_dict(average)
-    return task, data, average is not None
 
 
 def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:

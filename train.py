@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, get_object, instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint
 
@@ -19,43 +19,15 @@ from data.datamodule import BatchDataModule
 from models.callbacks import RunSummary
 from models.checkpoint import load_weights
 from models.checkpointing import AtomicCheckpointIO
+from models.configured import build
 from models.loggers import LoggerState, instantiate_loggers
 from models.processes import one_job
 from models.quiet import quiet
 from models.random_state import RandomState
 from models.resume import starting_point
-from models.task import Task
 from stl import SettingError, count_flops
 
 log = logging.getLogger(__name__)
-
-
-def build(cfg: DictConfig, *, fresh: bool = True) -> tuple[Task, BatchDataModule]:
-    """The task and the data module that a configuration describes.
-
-    `fresh`: the model begins as the configuration says; otherwise weights are to be put into it, and it reads none.
-    """
-    kind = cast(type[Task], get_class(cfg.get("task", "models.classification.ClassificationTask")))
-    data = instantiate(cfg.data, seed=cfg.seed)
-    if data.unit != kind.takes:
-        raise SettingError(
-            f"task={kind.__module__}.{kind.__name__} learns from {kind.takes}, and data={data.name} gives {data.unit}; "
-            "set a task, data and a model that go together, as those of configs/experiment/ do"
-        )
-    start = {"restored": not fresh} if "weights" in cfg.model else {}
-    model = instantiate(cfg.model, linear=instantiate(cfg.linear), **data.for_model, **start)
-    optimizer = instantiate(cfg.optimizer)
-    optimizer(model)  # wrong settings show now, not in the middle of a run
-    task = kind.configured(
-        cfg,
-        model,
-        data,
-        optimizer=optimizer,
-        scheduler=instantiate(cfg.scheduler),
-        compile_mode=cfg.compile,
-        config=cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
-    )
-    return task, data
 
 
 def describe(cfg: DictConfig, data: BatchDataModule) -> dict[str, Any]:

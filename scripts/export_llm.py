@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from data.text import TextDataModule
-from eval import restore
 from models.checkpoint import load_checkpoint
+from models.configured import restore
 from models.sparse24 import Sparse24Linear
 from stl import SettingError
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data.datamodule import ImageDataModule
 from models.checkpoint import load_checkpoint, load_weights
+from models.configured import build_model
 from stl import SettingError
 
 FACTS = ("model", "dataset", "epochs", "top1", "overrides")  # of a run, for files that were made from it
@@ -40,8 +41,7 @@ def dense_run(folder: Path) -> tuple[nn.Module, ImageDataModule, dict[str, Any]]
 def build(config: Any) -> tuple[nn.Module, ImageDataModule]:
     """The model that a configuration describes, as it is before training, and its data."""
     data = instantiate(config.data, seed=config.seed)
-    linear = instantiate(config.linear)
-    return instantiate(config.model, linear=linear, **data.for_model), data
+    return build_model(config, data), data
 
 
 def batches_of(data: ImageDataModule, split: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,65 @@
+"""What a configuration describes: its data, its model, its task; and the same with the weights of a checkpoint."""
+
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from models.checkpoint import load_weights
+from models.ema import averaged_weights
+from models.task import Task
+from stl import SettingError
+
+
+def build_model(cfg: DictConfig, data: Any, *, fresh: bool = True) -> nn.Module:
+    """The model, for the data module that was made from the same configuration; `fresh` as in `build`."""
+    start = {"restored": not fresh} if "weights" in cfg.model else {}
+    return instantiate(cfg.model, linear=instantiate(cfg.linear), **data.for_model, **start)
+
+
+def build(cfg: DictConfig, *, fresh: bool = True) -> tuple[Task, Any]:
+    """The task and the data module.
+
+    `fresh`: the model begins as the configuration says; otherwise weights are to be put into it, and it reads none.
+    Raises SettingError where a setting is wrong, or task and data do not go together.
+    """
+    kind = cast(type[Task], get_class(cfg.get("task", "models.classification.ClassificationTask")))
+    data = instantiate(cfg.data, seed=cfg.seed)
+    if data.unit != kind.takes:
+        raise SettingError(
+            f"task={kind.__module__}.{kind.__name__} learns from {kind.takes}, and data={data.name} gives {data.unit}; "
+            "set a task, data and a model that go together, as those of configs/experiment/ do"
+        )
+    model = build_model(cfg, data, fresh=fresh)
+    optimizer = instantiate(cfg.optimizer)
+    optimizer(model)  # wrong settings show now, not in the middle of a run
+    task = kind.configured(
+        cfg,
+        model,
+        data,
+        optimizer=optimizer,
+        scheduler=instantiate(cfg.scheduler),
+        compile_mode=cfg.compile,
+        config=cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
+    )
+    return task, data
+
+
+def restore(
+    checkpoint: dict[str, Any], path: Path, config: DictConfig, averaged: bool = True
+) -> tuple[Task, Any, bool]:
+    """The task of a checkpoint, not compiled, with its weights; its data; whether the weights are the averaged ones.
+
+    `config` is the checkpoint's, perhaps with other data; `averaged` asks for the average where the run kept one.
+    """
+    config.compile = None  # latencies are those of the model as it stands
+    if config.get("distillation"):
+        config.distillation.teacher = None  # of training only
+    task, data = build(config, fresh=False)
+    load_weights(task, checkpoint, path, task.config)
+    average = averaged_weights(checkpoint) if averaged else None
+    if average is not None:
+        task.model.load_state_dict(average)
+    return task, data, average is not None
