@@ -29,7 +29,7 @@ from stl import STLLinear, count_flops, fuse_mlps
 
 WAYS: dict[str, dict[str, Any]] = {  # of keeping a model causal: basis and row axis
     "tokens": {"basis": "causal", "row_axis": "tokens"},
-    "batch": {"basis": "frame", "row_axis": "batch"},
+    "batch": {"basis": "shuffle", "row_axis": "batch"},
 }
 
 
