@@ -1,7 +1,7 @@
 """Evaluate a language model on tasks of lm-evaluation-harness, where that is installed (pip install lm-eval).
 
     python scripts/lm_eval_tasks.py folder --tasks hellaswag arc_easy --out results.json
-    python scripts/lm_eval_tasks.py folder --tasks mine.yaml --device cpu     # a task of your own, as the harness has them
+    python scripts/lm_eval_tasks.py folder --tasks mine.yaml --device cpu   # a task of your own
 
 The folder is one of export_llm.py, or any of a model and a tokenizer that transformers reads. Tiles over the batch with
 an inexact basis let the requests of a batch disturb each other: their scores depend on --batch-size.

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from stl.linear import STLLinear
 from stl.mlp import STLMLP, fuse_mlps
-from stl.norm_linear import fits, norm_linear
+from stl.norm_linear import fits, goes_with, norm_linear
 from stl.normalisation import Norm
 from stl.tracing import trace
 
@@ -220,7 +220,7 @@ def _compute(
     added = residual if alike and residual.is_floating_point() else None
     if isinstance(layer, STLMLP):
         y = layer(x, added, norm)
-    elif norm is not None and fits(layer) and layer.uses_kernels(x):
+    elif norm is not None and fits(layer) and goes_with(norm, x) and layer.uses_kernels(x):
         y = norm_linear(norm, layer, x, layer.backend, added)
     else:
         y = layer(x if norm is None else norm.apply(x), added)

@@ -139,8 +139,11 @@ def check_arguments(
     if any(tensor.device != x.device for tensor in others):
         devices = ", ".join(dict.fromkeys(str(tensor.device) for tensor in (x, *others)))
         raise SettingError(f"stl_linear needs all tensors on one device; got {devices}")
-    mixed = autocast_dtype(x) is None and any(tensor.dtype != x.dtype for tensor in others)
-    if mixed or not x.is_floating_point():
+    if autocast_dtype(x) is None:
+        alike = x.is_floating_point() and all(tensor.dtype == x.dtype for tensor in others)
+    else:  # it turns all of them to one, but for float64
+        alike = all(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in (x, *others))
+    if not alike:
         dtypes = ", ".join(dict.fromkeys(str(tensor.dtype) for tensor in (x, *others)))
         raise SettingError(f"stl_linear needs floating-point tensors of one dtype, outside of autocast; got {dtypes}")
     _, blocks, out_blocks = weight.shape

@@ -15,7 +15,7 @@ from stl import kernels
 from stl.errors import SettingError
 from stl.functional import check_arguments, check_residual
 from stl.linear import STLLinear
-from stl.norm_linear import fits
+from stl.norm_linear import fits, goes_with
 from stl.normalisation import Norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -73,7 +73,7 @@ class STLMLP(nn.Module):
         """Without the dropout."""
         first, *up, second = self.layers
         by_kernels = self.uses_kernels(x)
-        if norm is not None and not (by_kernels and fits(first)):
+        if norm is not None and not (by_kernels and fits(first) and goes_with(norm, x)):
             x, norm = norm.apply(x), None
         if by_kernels:
             return self._by_kernels(x, residual, norm)
@@ -91,8 +91,9 @@ class STLMLP(nn.Module):
 
         first, *up, second = self.layers
         rows = first.with_rows(x)
-        for layer in (first, *up):
-            check_arguments(rows, *layer.tensors(), layer.row_axis, layer.out_features, self.backend)
+        between = rows[..., :1].expand(*rows.shape[:-1], first.out_features)  # of that shape, dtype and device
+        for layer, given in [(layer, rows) for layer in (first, *up)] + [(second, between)]:
+            check_arguments(given, *layer.tensors(), layer.row_axis, layer.out_features, self.backend)
         y = mlp(
             rows,
             first.tensors(),

@@ -10,6 +10,7 @@ from stl.errors import SettingError
 from stl.functional import check_arguments
 from stl.linear import STLLinear
 from stl.normalisation import Norm
+from stl.precision import autocast_dtype
 
 
 class STLNormLinear(nn.Module):
@@ -32,16 +33,23 @@ class STLNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         linear, norm = self.linear, self.norm
-        alone = linear.stream is not None or not fits(linear)
+        parts = Norm(norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, nn.LayerNorm))
+        alone = linear.stream is not None or not fits(linear) or not goes_with(parts, x)
         if alone or not kernels.use_triton(self.backend, x, linear.tile, linear.rank):
             return linear(norm(x))
-        parts = Norm(norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, nn.LayerNorm))
         return norm_linear(parts, linear, x, self.backend, None)
 
 
 def fits(linear: STLLinear) -> bool:
     """Whether a program of the kernels can hold a row of tiles, and so normalise it."""
     return linear.weight.shape[1] <= kernels.MOST_NORMALISED_TILES
+
+
+def goes_with(norm: Norm, x: Tensor) -> bool:
+    """Whether kernels may apply the norm to x; what does not go together is PyTorch's to refuse."""
+    numbers = [norm.gain, *([] if norm.shift is None else [norm.shift])]
+    alike = autocast_dtype(x) is not None or all(tensor.dtype == x.dtype for tensor in numbers)
+    return alike and all(tensor.device == x.device for tensor in numbers)
 
 
 def norm_linear(norm: Norm, linear: STLLinear, x: Tensor, backend: str, residual: Tensor | None) -> Tensor:

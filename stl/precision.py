@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast turns x's device to at this moment; None outside of autocast."""
+    """What autocast turns x to at this moment; None outside of autocast, and for float64, which it leaves alone."""
     device = x.device.type
-    if x.is_meta or not torch.is_autocast_enabled(device):
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)

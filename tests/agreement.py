@@ -21,6 +21,14 @@ def results(module: nn.Module, x: Tensor, dtype: torch.dtype, backend: str) -> d
     return {"y": y, **dict(zip(["x", *parameters], gradients, strict=True))}
 
 
+def with_strides(module: nn.Module) -> nn.Module:
+    """The module, with vectors of every second number in memory, the others NaN."""
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            parameter.data = torch.stack([parameter.data, parameter.data * float("nan")], 1)[:, 0]
+    return module
+
+
 def assert_agree(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32, tolerance: float = 5e-6) -> None:
     """A module with a `backend`: all that kernels give in this precision is the reference's to a relative tolerance."""
     exact = results(module, x, torch.float64, "torch")

@@ -1,7 +1,7 @@
 """Triton kernels for `stl_linear`, and the rule that says where they are the faster choice."""
 
 import os
-from importlib.util import find_spec
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -9,7 +9,17 @@ from torch import Tensor
 from stl.errors import SettingError
 from stl.precision import autocast_dtype
 
-HAS_TRITON = find_spec("triton") is not None
+
+def _has_triton() -> bool:
+    """Whether it is there and in order; where it is not, the reference computes everything, and nothing is said."""
+    try:
+        import_module("triton.language")  # more than a folder of that name
+    except Exception:
+        return False
+    return True
+
+
+HAS_TRITON = _has_triton()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TILES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -57,7 +67,7 @@ def _impossible(x: Tensor, dtype: torch.dtype, tile: int, rank: int) -> str | No
     if rank > HIGHEST_RANK:
         return f"has ranks to {HIGHEST_RANK}, not {rank}; use backend='auto'"
     if not HAS_TRITON:
-        return "needs the package triton, which is not installed; use backend='auto'"
+        return "needs the package triton, which is not installed, or broken; use backend='auto'"
     if INTERPRETED:
         return None
     if not x.is_cuda:

@@ -56,6 +56,11 @@ def as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
+def contiguous(vector: Tensor | None) -> Tensor | None:
+    """A bias, or what a norm multiplies with or adds, as kernels read it."""
+    return None if vector is None else vector.contiguous()
+
+
 def tile_of(matrix: Tensor) -> int:
     """t of an encoder or decoder (r, t²)."""
     return round(matrix.shape[1] ** 0.5)
@@ -162,7 +167,7 @@ def _decode(
     residual of y's shape and any precision added before y is rounded to the higher precision of the two."""
     y = channels.new_empty(first, second, m, dtype=_sum_dtype(channels, residual))
     other = None if residual is None else sample_view(residual, rows_first)
-    decode(channels, decoder.contiguous(), sample_view(y, rows_first), tile_of(decoder), bias, other)
+    decode(channels, decoder.contiguous(), sample_view(y, rows_first), tile_of(decoder), contiguous(bias), other)
     return y
 
 

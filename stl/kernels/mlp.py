@@ -11,7 +11,17 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from stl.kernels.hidden import Coded, hidden, hidden_gradient
-from stl.kernels.linear import Layer, added, as_autocast, as_samples, encode_gemm, encode_gemm_macs, tile_of, wanted
+from stl.kernels.linear import (
+    Layer,
+    added,
+    as_autocast,
+    as_samples,
+    contiguous,
+    encode_gemm,
+    encode_gemm_macs,
+    tile_of,
+    wanted,
+)
 from stl.kernels.norm import norm_encode_gemm
 from stl.kernels.tiles import Tiling
 from stl.kernels.weight_gradient import weight_gradient
@@ -119,10 +129,10 @@ def _before(
     up_decoder: Tensor | None,
     up_bias: Tensor | None,
 ) -> tuple[Coded, Coded | None]:
-    gate = Coded(channels, decoder.contiguous(), bias)
+    gate = Coded(channels, decoder.contiguous(), contiguous(bias))
     if up is None or up_decoder is None:
         return gate, None
-    return gate, Coded(up, up_decoder.contiguous(), up_bias)
+    return gate, Coded(up, up_decoder.contiguous(), contiguous(up_bias))
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -18,6 +18,7 @@ from stl.kernels.linear import (
     added,
     as_autocast,
     as_samples,
+    contiguous,
     encode_gemm_macs,
     rows_of_tiles,
     sample_view,
@@ -162,6 +163,7 @@ def _norm_encode_gemm(
     """x (B, n, k), or (n, B, k) where `rows_first`, of any precision; gain and shift (k,); weight (r, K, M); encoder
     (r, t²) → channels (r, P, M) of (x − μ)/σ·gain + shift, of x/√(mean x²)·gain where not `centre`."""
     samples, tile = sample_view(x, rows_first), tile_of(encoder)
+    gain, shift = gain.contiguous(), contiguous(shift)
     tiling = Tiling.of(samples, tile)
     channels = weight.new_empty(len(encoder), tiling.rows, tiling.columns)
     if channels.numel():
@@ -192,6 +194,7 @@ def _norm_encode_gemm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gain, shift (empty where there is none), weight and encoder."""
     samples, tile = sample_view(x, rows_first), tile_of(encoder)
+    gain, shift = gain.contiguous(), contiguous(shift)
     tiling = Tiling.of(samples, tile)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dsamples = sample_view(dx, rows_first)

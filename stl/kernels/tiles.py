@@ -160,7 +160,7 @@ def channel_places(p, j, P, K, R: tl.constexpr, RP: tl.constexpr, FULL: tl.const
         exist = exist & (p < P)
     if not FULL[2]:
         exist = exist & (j[None, :] < K)
-    return (q * P + p.to(tl.int64)) * K + j[None, :], exist
+    return (q.to(tl.int64) * P + p) * K + j[None, :], exist
 
 
 @triton.jit

@@ -104,18 +104,13 @@ def test_noise_in_low_precision(basis, dtype):
 
 @pytest.mark.parametrize("row_axis", ROW_AXES)
 def test_the_layout_of_the_inputs_does_not_matter(row_axis):
-    arguments = operands((3, 5, 7), 6, "hadamard", 4, 16)
+    arguments = [tensor.float() for tensor in operands((3, 5, 7), 6, "hadamard", 4, 16)]  # to which no copy is needed
     strided = [torch.stack([a, a * float("nan")], -1)[..., 0] for a in arguments]
     transposed = [a.T.contiguous().T if a.ndim == 2 else a.mT.contiguous().mT if a.ndim == 3 else a for a in arguments]
     expanded = [arguments[0][:1].expand(3, 5, 7), *arguments[1:]]
-    for changed in (strided, transposed, expanded):
-        changed = [tensor.float() if tensor.is_contiguous() else tensor for tensor in changed]
+    for changed in (strided, transposed, expanded, [*arguments[:-1], arguments[-1][:1].expand(6)]):
+        assert not all(tensor.is_contiguous() for tensor in changed)
         assert_agree(changed, torch.float32, 2e-6, row_axis=row_axis)
-    x = arguments[0].float()[:1].expand(3, 5, 7)
-    rest = [tensor.float() for tensor in arguments[1:]]
-    torch.testing.assert_close(
-        stl_linear(x, *rest, row_axis=row_axis, backend="triton"), stl_linear(x, *rest, row_axis=row_axis)
-    )
 
 
 @pytest.mark.parametrize("row_axis", ROW_AXES)
@@ -137,6 +132,15 @@ def test_more_than_two_to_the_31_elements(row_axis):
     y = stl_linear(x, *arguments, row_axis=row_axis, backend="triton")
     last = stl_linear(x[-4:], *arguments, row_axis=row_axis, backend="triton")
     assert torch.equal(y[-4:], last)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 30 GB of memory")
+def test_channels_beyond_two_to_the_31_elements():
+    samples = 2**31 // 16 + 10  # of one token, each a row of tiles of its own
+    arguments = [tensor.bfloat16() for tensor in operands((1, 4), 4, "hadamard", 4, 16)[1:]]
+    x = torch.randn(samples, 4, dtype=torch.bfloat16, device=DEVICE)
+    y = stl_linear(x.unsqueeze(1), *arguments, backend="triton")
+    assert torch.equal(y[-4:], stl_linear(x[-4:].unsqueeze(1), *arguments, backend="triton"))
 
 
 def test_the_operators_keep_the_rules_of_pytorch():
@@ -240,6 +244,28 @@ def test_what_there_is_no_kernel_for_gets_one_line(change, said):
     with pytest.raises(SettingError, match=said):
         stl_linear(*arguments, backend="triton")
     assert stl_linear(*arguments, backend="auto").shape == (2, 9)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_autocast_makes_one_dtype_of_floating_point_ones_alone(which, dtype, backend):
+    arguments = [tensor.float() for tensor in operands((2, 5, 9), 9, "hadamard", 4, 16)]
+    arguments[which] = arguments[which].to(dtype)
+    with (
+        torch.autocast(DEVICE, torch.bfloat16),
+        pytest.raises(SettingError, match=r"one dtype, outside of autocast|has no dtype"),
+    ):
+        stl_linear(*arguments, backend=backend)
+
+
+def test_a_broken_triton_is_none(tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('broken')")
+    code = "import stl, torch; assert not stl.kernels.HAS_TRITON; "
+    code += "stl.STLLinear(8, 8)(torch.ones(2, 4, 8)).sum().backward()"
+    done = program("-c", code, env={"PYTHONPATH": str(tmp_path)}, fresh=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")

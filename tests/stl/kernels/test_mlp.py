@@ -3,7 +3,8 @@ Triton's interpreter."""
 
 import pytest
 import torch
-from agreement import DEVICE, assert_agree, gaussian
+from agreement import DEVICE, assert_agree, gaussian, with_strides
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stl import STLMLP, SettingError, STLLinear
@@ -94,6 +95,14 @@ def test_the_operator_keeps_the_rules_of_pytorch():
 
 
 @pytest.mark.parametrize("up", [None, (4, 16, "hadamard")])
+def test_biases_of_any_stride(up):
+    module, x = with_strides(mlp((9, 13, 10), up=up).float()), gaussian(2, 5, 9, seed=0).float()
+    wanted = module(x)
+    module.backend = "triton"
+    torch.testing.assert_close(module(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("up", [None, (4, 16, "hadamard")])
 def test_compiles_without_graph_breaks(up):
     module, x = mlp((9, 13, 10), up=up).float(), gaussian(2, 5, 9, seed=0).float()
     module.backend = "triton"
@@ -130,6 +139,19 @@ def test_the_counted_flops_are_those_of_the_layers_and_of_computing_again(up):
     again = before * tiles * 3 * 16 * 16 + tiles * 4 * 16 * (before * 16 + 24)
     assert forward == wanted
     assert backward == wanted_backward + 2 * again
+
+
+@pytest.mark.parametrize("change", [nn.Module.double, nn.Module.half, lambda layer: layer.to("meta"), "bias"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_last_layer_that_does_not_fit_gets_the_line_of_the_reference(change, backend):
+    module, x = mlp((9, 13, 10)).float(), gaussian(2, 5, 9, seed=0).float()
+    module.backend = backend
+    if change == "bias":
+        module.fc2.bias = nn.Parameter(torch.zeros(7, device=DEVICE))
+    else:
+        change(module.fc2)
+    with pytest.raises(SettingError, match=r"out_features=10 with bias|one dtype|one device"):
+        module(x)
 
 
 def test_the_hidden_activations_are_not_kept():

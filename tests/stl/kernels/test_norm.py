@@ -5,7 +5,7 @@ from itertools import cycle, product
 
 import pytest
 import torch
-from agreement import DEVICE, assert_agree, gaussian
+from agreement import DEVICE, assert_agree, gaussian, with_strides
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,6 +39,22 @@ def test_output_and_all_gradients(basis, norm, row_axis):
 @pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 1, 3, 6), (1, 147, 3), (1, 3, 1000), (2, 0, 5), (0, 5, 5)])
 def test_odd_shapes(shape):
     assert_agree(module(shape[-1], 6), gaussian(*shape, seed=0) + 1)
+
+
+def test_gains_and_shifts_of_any_stride():
+    made, x = with_strides(module(13, 10).float()), gaussian(2, 5, 13, seed=0).float()
+    wanted = made(x)
+    made.backend = "triton"
+    torch.testing.assert_close(made(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [nn.Module.double, lambda norm: norm.to("meta")])
+def test_a_norm_that_does_not_go_with_x_is_refused_as_by_pytorch(change):
+    made, x = module(13, 10).float(), gaussian(2, 5, 13, seed=0).float()
+    made.backend = "triton"
+    change(made.norm)
+    with pytest.raises(RuntimeError):
+        made(x)
 
 
 def test_sums_over_many_rows_of_tiles(monkeypatch):
