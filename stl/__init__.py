@@ -16,7 +16,8 @@ from stl.errors import SettingError
 from stl.flops import FlopReport, count_flops
 from stl.functional import stl_linear, stl_matmul
 from stl.linear import STLLinear
-from stl.mlp import STLMLP, fuse_mlps
+from stl.mlp import STLMLP
+from stl.mlps import fuse_mlps
 from stl.norm_linear import STLNormLinear
 from stl.streaming import Streaming
 

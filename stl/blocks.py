@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from stl.linear import STLLinear
-from stl.mlp import STLMLP, fuse_mlps
+from stl.mlp import STLMLP
+from stl.mlps import fuse_mlps
 from stl.norm_linear import fits, goes_with, norm_linear
 from stl.normalisation import Norm
 from stl.tracing import trace

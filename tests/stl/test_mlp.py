@@ -56,6 +56,48 @@ class GatedTwice(Gated):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.activation(self.up_proj(x)))
 
 
+class DropsOut(Functional):
+    """As a function, in training only, or always."""
+
+    always = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return F.dropout(y, 0.5) if self.training or self.always else y
+
+
+class AlwaysDropsOut(DropsOut):
+    always = True
+
+
+class InFloat32(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+class WithoutGradients(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class TakesMore(Functional):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x)
+
+
+class Subclass(STLLinear):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return 2 * super().forward(x, residual)
+
+
+def changed(change) -> nn.Module:
+    module = Functional(F.gelu)
+    change(module)
+    return module
+
+
 class Residual(Functional):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -99,6 +141,16 @@ OTHERS = {
     "residual": Residual(F.gelu),
     "hidden used twice": Twice(F.gelu),
     "depends on numbers": Depends(F.gelu),
+    "always drops out": AlwaysDropsOut(F.gelu),
+    "without autocast": InFloat32(F.gelu),
+    "without gradients": WithoutGradients(F.gelu),
+    "takes more than x": TakesMore(F.gelu),
+    "a hook": changed(lambda module: module.register_forward_hook(lambda *_: None)),
+    "a hook of a layer": changed(lambda module: module.up.register_forward_hook(lambda *_: None)),
+    "a patched forward": changed(lambda module: setattr(module, "forward", lambda x: x)),
+    "a buffer of its own": changed(lambda module: module.register_buffer("scale", torch.ones(1))),
+    "layers of two backends": changed(lambda module: setattr(module.up, "backend", "torch")),
+    "a layer of another class": changed(lambda module: setattr(module, "down", Subclass(8, 6, tile=2, rank=4))),
     "dropout in between": sequential(nn.GELU(), nn.Dropout(0.1)),
     "norm in between": sequential(nn.GELU(), nn.LayerNorm(8)),
     "another activation": sequential(nn.Tanh()),
@@ -142,6 +194,23 @@ def test_dropout_behind_the_layers_stays():
     assert model[0].dropout == 0.5
     assert (model(torch.ones(4, 5, 6)) == 0).any()
     assert (model.eval()(torch.ones(4, 5, 6)) != 0).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_by_a_function_stays(training):
+    model = nn.Sequential(DropsOut(F.gelu)).train(training)
+    assert fuse_mlps(model) == ["0"]
+    assert (model.train()(torch.ones(4, 5, 6)) == 0).any()
+    assert (model.eval()(torch.ones(4, 5, 6)) != 0).all()
+
+
+def test_the_backend_of_the_layers_is_that_of_the_mlp():
+    model = nn.Sequential(sequential(nn.GELU()))
+    for layer in model.modules():
+        if isinstance(layer, STLLinear):
+            layer.backend = "torch"
+    fuse_mlps(model)
+    assert model[0].backend == "torch"
 
 
 @pytest.mark.parametrize(
