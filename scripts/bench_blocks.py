@@ -19,7 +19,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarking import Method, add_options, begin, describe, measure, one_pass, parse_sizes, run_main, set_backend
+from benchmarking import (
+    Method,
+    add_options,
+    backends_of,
+    begin,
+    describe,
+    measure,
+    one_pass,
+    parse_sizes,
+    run_main,
+    set_backend,
+)
 from torch import Tensor, nn
 
 from models.callbacks import write_json
@@ -158,7 +169,7 @@ def main() -> None:
     parser.add_argument("--mlp", nargs="*", default=MLPS, metavar="SAMPLES,TOKENS,WIDTH,HIDDEN")
     parser.add_argument("--attention", nargs="*", default=ATTENTIONS, metavar="SAMPLES,TOKENS,WIDTH,HEADS")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
-    add_options(parser, [16], ["torch", "triton"], "results/blocks.json")
+    add_options(parser, [16], "results/blocks.json")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     blocks = [Block.parse(kind, text) for kind in ("mlp", "attention") for text in getattr(arguments, kind)]
@@ -166,7 +177,7 @@ def main() -> None:
     for block in blocks:
         for which in arguments.passes:
             facts = {**block.facts(), "pass": which}
-            candidates = Bench(block, which, arguments.device, dtype).methods(arguments.ranks, arguments.backends)
+            candidates = Bench(block, which, arguments.device, dtype).methods(arguments.ranks, backends_of(arguments))
             for row in measure(facts, candidates, result["ceilings"]):
                 result["rows"].append(row)
                 sizes = ",".join(str(size) for size in (*block.shape, block.inner))

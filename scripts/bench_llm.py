@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarking import Method, add_options, begin, describe, measure, run_main, set_backend
+from benchmarking import Method, add_options, backends_of, begin, describe, measure, run_main, set_backend
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from study import CONFIGS
@@ -60,7 +60,7 @@ def variants(arguments: argparse.Namespace, config: Any, dtype: torch.dtype) -> 
         for rank in arguments.ranks:
             reference = make(partial(STLLinear, tile=4, rank=rank, **WAYS[way]))
             set_backend(reference, "torch")
-            for backend in arguments.backends:
+            for backend in backends_of(arguments):
                 for fused in (False, True)[: 1 if backend == "torch" else 2]:
                     timed = copy.deepcopy(reference)
                     if fused:
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence in prefill")
     parser.add_argument("--steps", type=int, default=32, help="tokens of a sequence in decoding")
-    add_options(parser, [16, 24], ["torch", "triton"], "results/llm.json")
+    add_options(parser, [16, 24], "results/llm.json")
     arguments = parser.parse_args()
     result = begin(arguments)
     for model in arguments.models:

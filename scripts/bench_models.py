@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from benchmarking import check_device, machine, run_main
+from benchmarking import backends_of, check_device, machine, run_main
 from throughput import Case, How, measure_all
 
 from models.build import check_name
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, help="names that timm knows, ours among them")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16])
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["torch", "triton"])
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="as a machine with the device has them")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--image-size", type=int, default=How.image_size)
     parser.add_argument("--repeats", type=int, default=How.repeats, help="blocks of 10 steps")
@@ -57,11 +57,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("results/models.json"))
     arguments = parser.parse_args()
-    check(arguments.models, arguments.ranks, arguments.backends, arguments.device)
+    backends = backends_of(arguments)
+    check(arguments.models, arguments.ranks, backends, arguments.device)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     mode = None if arguments.compile == "none" else arguments.compile
     how = How(arguments.repeats, image_size=arguments.image_size, compile_mode=mode, device=arguments.device)
-    cases = [group(model, arguments.ranks, arguments.backends, arguments.batch_size) for model in arguments.models]
+    cases = [group(model, arguments.ranks, backends, arguments.batch_size) for model in arguments.models]
     facts = {"precision": "bf16 autocast", "compile": mode, "image_size": how.image_size, "device": arguments.device}
     measure_all(cases, arguments.ranks, how, arguments.out, machine() | facts)
 

@@ -16,7 +16,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarking import Method, add_options, begin, describe, measure, one_pass, parse_sizes, relative_error, run_main
+from benchmarking import (
+    Method,
+    add_options,
+    backends_of,
+    begin,
+    describe,
+    measure,
+    one_pass,
+    parse_sizes,
+    relative_error,
+    run_main,
+)
 from torch import Tensor
 
 from models.callbacks import write_json
@@ -123,13 +134,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,K,M")
     parser.add_argument("--backward", action="store_true", help="forward and backward pass, all gradients")
-    add_options(parser, [16, 24, 32, 48, 49], ["auto"], "results/ops.json")
+    add_options(parser, [16, 24, 32, 48, 49], "results/ops.json")
     arguments = parser.parse_args()
     shapes = [Shape.parse(text) for text in arguments.shapes]
     result = begin(arguments) | {"pass": "forward and backward" if arguments.backward else "forward"}
     for shape in shapes:
         inputs = operands(shape, arguments.device, getattr(torch, arguments.dtype))
-        candidates = methods(*inputs, arguments.ranks, arguments.backends, arguments.backward)
+        candidates = methods(*inputs, arguments.ranks, backends_of(arguments), arguments.backward)
         more = partial(product_error, product(*inputs))
         for row in measure(vars(shape), candidates, result["ceilings"], more):
             result["rows"].append(row)

@@ -243,9 +243,9 @@ def cpu() -> str:
 # --- the command line --------------------------------------------------------------------------------------------
 
 
-def add_options(parser: argparse.ArgumentParser, ranks: list[int], backends: list[str], out: str) -> None:
+def add_options(parser: argparse.ArgumentParser, ranks: list[int], out: str) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=ranks)
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=backends)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="as a machine with the device has them")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, default=Path(out))
@@ -255,6 +255,11 @@ def check_device(device: str) -> None:
     """Raises SettingError where this machine has no such device."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SettingError("there is no GPU; --device cpu measures the CPU")
+
+
+def backends_of(arguments: argparse.Namespace) -> list[str]:
+    """Those asked for, or else all that the device has: kernels, unless interpreted, need a GPU."""
+    return arguments.backends or (["torch", "triton"] if arguments.device == "cuda" else ["torch"])
 
 
 def begin(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -285,5 +290,5 @@ def run_main(main: Callable[[], None]) -> None:
     """Run it; what a user did wrong is one line."""
     try:
         main()
-    except SettingError as error:
+    except (SettingError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -34,7 +34,7 @@ def measured(monkeypatch):
 
 def test_each_model_is_compared_with_its_dense_twin(tmp_path, measured, monkeypatch, capsys):
     out = tmp_path / "folder" / "models.json"
-    run(monkeypatch, out)
+    run(monkeypatch, out, "--backends", "torch", "triton")
     written = json.loads(out.read_text())
     layers = [("dense", "auto", False)]
     layers += [("stl t=4 r=16", backend, fused) for backend, fused in (("torch", 0), ("triton", 0), ("triton", 1))]

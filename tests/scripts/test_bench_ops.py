@@ -67,7 +67,7 @@ def test_the_file_and_one_line_for_bad_input(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     bench_ops.main()
     written = json.loads(out.read_text())
-    assert [row["method"] for row in written["rows"]] == ["dense", "stl r=16, auto"]
+    assert [row["method"] for row in written["rows"]] == ["dense", "stl r=16, torch"]
     assert written["machine"]["dtype"] == "float32"
     assert "× dense" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["bench_ops.py", "--device=cpu", "--shapes", "8,8"])
