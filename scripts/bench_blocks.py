@@ -6,34 +6,44 @@
 
 An MLP is samples,tokens,width,hidden: linear, GELU, linear. An attention block is samples,tokens,width,heads:
 LayerNorm, queries, keys and values, softmax attention, projection, residual. STL comes by each backend; with the
-kernels also fused: the two layers of an MLP; norm and addition with the layers beside them. On a GPU all come as they
-are and under torch.compile. Each is checked, output and in training gradients, against the same block in higher
-precision by the reference, before it is timed. The file is rewritten after every pass of a block.
+kernels also fused: the two layers of an MLP; norm and addition with the layers beside them. 2:4 is PyTorch's sparse
+kernels (cuSPARSELt) on the same weights masked, each layer by the algorithm that a search finds for its input: on a GPU
+in 16 bits, and in inference only, since a compressed weight has no backward pass here. A block whose sizes they do not
+take has a row that says why, and no speed. On a GPU all come as they are and under torch.compile. Each is checked,
+output and in training gradients, against the same block in higher precision by the reference, before it is timed. The
+file is rewritten after every pass of a block.
 """
 
 import argparse
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from benchmarking import (
+    REFUSALS,
+    SPARSE,
     Method,
     add_options,
     backends_of,
     begin,
+    compress_for,
     describe,
     measure,
     one_pass,
     parse_sizes,
+    prune,
+    reason,
     run_main,
     set_backend,
+    work,
 )
 from torch import Tensor, nn
 
 from models.callbacks import write_json
+from models.semi_structured import DTYPES
 from models.t2t_vit import Attention, Linear, Mlp
 from stl import SettingError, STLLinear, count_flops, fuse_blocks
 
@@ -98,6 +108,10 @@ def variants(name: str, module: nn.Module, backends: list[str]) -> Iterator[tupl
             yield f"{name}, {backend}, fused", fused, {"backend": backend, "fused": True}
 
 
+def has_sparse_kernels(device: str, dtype: torch.dtype) -> bool:
+    return device == "cuda" and dtype in DTYPES
+
+
 class Bench:
     """One block's input, and the methods that compute one of PASSES with it."""
 
@@ -110,14 +124,33 @@ class Bench:
         self.x, self.gradient = (size * make()).to(dtype), make().to(dtype)
 
     def methods(self, ranks: list[int], backends: list[str]) -> Iterator[Method]:
-        """Dense and STL of each rank; on a GPU each as it is and compiled."""
+        """Dense, 2:4 where there are kernels for it, and STL of each rank; on a GPU each as it is and compiled."""
         dense = self.build(nn.Linear)
         yield from self.of("dense", dense, dense, {})
+        if has_sparse_kernels(self.device, self.dtype) and not self.training:
+            yield from self.sparse()
         for rank in ranks:
             reference = self.build(partial(STLLinear, tile=4, rank=rank, basis="frame"))
             set_backend(reference, "torch")
             for name, module, facts in variants(f"stl r={rank}", reference, backends):
                 yield from self.of(name, module, reference, {"rank": rank, **facts})
+
+    def sparse(self) -> Iterator[Method]:
+        """2:4, compressed and held against the masked block; what the kernels refuse, as refused."""
+        reference = self.build(nn.Linear)
+        prune(reference)
+        compressed = copy.deepcopy(reference)
+        try:
+            compress_for(compressed, self.dtype, self.run(compressed))
+        except REFUSALS as error:
+            yield replace(next(self.of(SPARSE, reference, reference, {})), refused=reason(error))
+            return
+        for method in self.of(SPARSE, compressed, reference, {}):
+            try:
+                method.run()
+            except REFUSALS as error:
+                method = replace(method, refused=reason(error))
+            yield method
 
     def build(self, linear: Linear) -> nn.Module:
         torch.manual_seed(0)
@@ -129,17 +162,16 @@ class Bench:
         def wanted() -> tuple[Tensor, ...]:
             return self.run(copy.deepcopy(reference).to(self.wide))()
 
-        work = self.work(reference)
+        least = self.work(reference)
         if "rank" in facts:
             facts = facts | {"encoded_bytes": self.encoded_bytes(reference)}
-        yield Method(name, self.run(module), wanted, *work, facts)
+        yield Method(name, self.run(module), wanted, *least, facts)
         if self.device == "cuda":
-            compiled = copy.deepcopy(module)
-            compiled.compile(dynamic=False)
-            yield Method(f"{name}, compiled", self.run(compiled), wanted, *work, facts)
+            compiled = torch.compile(module, dynamic=False)  # not a copy: compressed weights have none
+            yield Method(f"{name}, compiled", self.run(module, compiled), wanted, *least, facts)
 
-    def run(self, module: nn.Module) -> Callable[[], tuple[Tensor, ...]]:
-        """The pass through this module, in its dtype.
+    def run(self, module: nn.Module, function: Callable[..., Tensor] | None = None) -> Callable[[], tuple[Tensor, ...]]:
+        """The pass through this module, in its dtype, or through `function`, which computes the module.
 
         The gradients of LayerNorm's own weights are not checked: they are sums over all rows, on a CPU in bf16, whose
         errors are not those of the layers before and behind it, and what these give it shows in the gradient of x.
@@ -148,15 +180,13 @@ class Bench:
         unchecked = weights.pop("norm", [])
         layers = [weight for of_child in weights.values() for weight in of_child]
         x = self.x.detach().to(layers[0].dtype).requires_grad_(self.training)
-        return one_pass(module, [x], [x, *layers], self.gradient.to(x) if self.training else None, unchecked)
+        gradient = self.gradient.to(x) if self.training else None
+        return one_pass(module if function is None else function, [x], [x, *layers], gradient, unchecked)
 
     def work(self, module: nn.Module) -> tuple[int, int]:
         """MACs of the pass, and the numbers that must be read or written: input, output and weights; in training also
         the gradients of all three, and the weights again."""
-        macs, weights = count_flops(module, self.block.shape).total, sum(p.numel() for p in module.parameters())
-        if self.training:
-            return 3 * macs, 4 * self.x.numel() + 3 * weights
-        return macs, 2 * self.x.numel() + weights
+        return work(module, self.block.shape, (4 if self.training else 2) * self.x.numel(), self.training)
 
     def encoded_bytes(self, module: nn.Module) -> int:
         """What the encodes of the block's layers give, all together."""

@@ -1,18 +1,26 @@
-"""How fast whole models are with STL in all linear layers against dense, compiled, in inference and in training.
+"""How fast whole models are with STL in all linear layers against dense and 2:4, compiled, in inference and training.
 
     python scripts/bench_models.py --out results/models_h200.json
     python scripts/bench_models.py --models t2t_vit_14 --ranks 16 24 --backends triton
 
 Measured as throughput.py measures, which see: images a second of inference and of a whole training step, in bf16 with
 CUDA graphs. STL comes by each backend; with the kernels also with its MLPs fused. Each model is checked, logits and
-gradients, against its reference in float32 before it is timed. What the file has is not measured again.
+gradients, against its reference in float32 before it is timed. Beside each rate stands its bound: the images a second
+that the counted MACs and the numbers that must be moved, in bf16, leave to the bandwidth and the arithmetic measured in
+the same run. What the file has is not measured again, and keeps its bounds: the file's ceilings are those of the last
+run that measured.
+
+2:4 is the dense model pruned by magnitude, on a GPU and in inference only: its layers' weights are compressed in bf16,
+which autocast could not do, and run under the same autocast as all others; cuSPARSELt searches the algorithm of each
+layer. It is held against the masked model in float32. Layers whose sizes the kernels do not take, such as a head of
+1000 classes, stay dense, and the row names them.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from benchmarking import backends_of, check_device, machine, run_main
+from benchmarking import SPARSE, backends_of, ceilings, check_device, machine, run_main
 from throughput import Case, How, measure_all
 
 from models.build import check_name
@@ -24,9 +32,9 @@ from stl.kernels import use_triton
 MODELS = ["t2t_vit_7", "t2t_vit_14", "deit_small_patch16_224", "deit_base_patch16_224"]
 
 
-def group(model: str, ranks: list[int], backends: list[str], batch_size: int) -> list[Case]:
-    """The dense model, and what is compared with it."""
-    cases = [Case(model, "dense", batch_size)]
+def group(model: str, ranks: list[int], backends: list[str], batch_size: int, device: str) -> list[Case]:
+    """The dense model, and what is compared with it; 2:4 where there are kernels for it."""
+    cases = [Case(model, linear, batch_size) for linear in ("dense", SPARSE)[: 2 if device == "cuda" else 1]]
     for rank in ranks:
         for backend in backends:
             for fused in (False, True)[: 1 if backend == "torch" else 2]:  # the reference computes layer by layer
@@ -61,8 +69,13 @@ def main() -> None:
     check(arguments.models, arguments.ranks, backends, arguments.device)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     mode = None if arguments.compile == "none" else arguments.compile
-    how = How(arguments.repeats, image_size=arguments.image_size, compile_mode=mode, device=arguments.device)
-    cases = [group(model, arguments.ranks, backends, arguments.batch_size) for model in arguments.models]
+    top = ceilings(arguments.device, torch.bfloat16)
+    how = How(
+        arguments.repeats, image_size=arguments.image_size, compile_mode=mode, device=arguments.device, ceilings=top
+    )
+    cases = [
+        group(model, arguments.ranks, backends, arguments.batch_size, arguments.device) for model in arguments.models
+    ]
     facts = {"precision": "bf16 autocast", "compile": mode, "image_size": how.image_size, "device": arguments.device}
     measure_all(cases, arguments.ranks, how, arguments.out, machine() | facts)
 

@@ -4,7 +4,8 @@
 
 Tables have a row a shape and a column a method; the method that all are compared with has its time (of models its
 images a second), the others their speed against it and in brackets the most that it could be, by the ceilings that
-the same run measured. "wrong" has failed the check against the reference and was not timed.
+the same run measured; dense models have in brackets how many times as fast they could be themselves. "wrong" has failed
+the check against the reference and was not timed; "refused" was not computed, and its file says why.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
 WHAT = {"mlp": "MLP", "attention": "attention block"}
+SPARSE = "2:4"  # whole models have it in inference only
 
 
 @dataclass(frozen=True)
@@ -85,28 +87,37 @@ def _groups_of_models(result: dict[str, Any]) -> Iterator[Group]:
     for name in ("inference", "training"):
         rows = {}
         for row in result["models"]:
-            if row.get("devices", 1) == 1:
+            if row.get("devices", 1) == 1 and (name, row["linear"]) != ("training", SPARSE):
                 words = [row["linear"].replace("stl t=4", "stl")]
-                words += [row["backend"]] if row["linear"] != "dense" and "backend" in row else []
+                words += [row["backend"]] if row["linear"] not in ("dense", SPARSE) and "backend" in row else []
                 words += ["fused"] if row.get("fused") else []
-                rate = row.get(f"{name}_images_per_second")
-                rows[row["model"], ", ".join(words)] = row | ({"seconds": 1 / rate} if rate else {})
+                rates = {"seconds": f"{name}_images_per_second", "bound_seconds": f"{name}_bound_images_per_second"}
+                rows[row["model"], ", ".join(words)] = row | {
+                    seconds: 1 / row[rate] for seconds, rate in rates.items() if rate in row
+                }
         yield Group(f"{name}, images a second: model", "bench_models.py", "dense", rows)
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
+def untimed(row: Row | None) -> str:
+    """The cell of a method without a time."""
+    if row is None:
+        return "not run"
+    return "refused" if "refused" in row else "wrong"
+
+
 def speed(group: Group, shape: str, method: str) -> str:
     """The cell of a method: what it takes if it is the yardstick, else how it compares."""
     row = group.rows.get((shape, method))
-    if row is None:
-        return "not run"
-    if "seconds" not in row:
-        return "wrong"
-    if method == group.yardstick:
-        return f"{1 / row['seconds']:,.0f}" if "model" in row else f"{row['seconds'] * 1e3:.3g} ms"
+    if row is None or "seconds" not in row:
+        return untimed(row)
     ratio, bound = group.ratio(shape, method), group.ratio(shape, method, "bound_seconds")
+    if method == group.yardstick:
+        if "model" not in row:
+            return f"{row['seconds'] * 1e3:.3g} ms"
+        return f"{1 / row['seconds']:,.0f}" + (f" ({bound:.2f})" if bound is not None else "")
     if ratio is None:
         return f"{group.yardstick} {speed(group, shape, group.yardstick)}"  # nothing to compare with
     return f"{ratio:.2f}" if bound is None else f"{ratio:.2f} ({bound:.2f})"
@@ -115,10 +126,8 @@ def speed(group: Group, shape: str, method: str) -> str:
 def memory(group: Group, shape: str, method: str) -> str:
     """The cell of a method: its peak in MiB, beside how much above the dense peak it is, and of how much it may be."""
     row, dense = group.rows.get((shape, method)), group.rows.get((shape, "dense"), {})
-    if row is None:
-        return "not run"
-    if "seconds" not in row:
-        return "wrong"
+    if row is None or "seconds" not in row:
+        return untimed(row)
     if "peak_bytes" not in row:
         return "–"
     cell = f"{row['peak_bytes'] / 2**20:,.0f}"
@@ -133,6 +142,13 @@ def markdown(group: Group, cell: Callable[[Group, str, str], str], heading: str)
     return table([heading, *group.methods], rows)
 
 
+def left_dense(group: Group) -> list[str]:
+    """What 2:4 leaves dense, a line for all models."""
+    said = [(shape, row["left_dense"]) for (shape, _), row in group.rows.items() if row.get("left_dense")]
+    models = "; ".join(f"{shape}: {', '.join(names)}" for shape, names in said)
+    return [f"2:4 leaves dense what its kernels do not take: {models}."] if said else []
+
+
 def section(path: Path, facts: dict[str, Any], groups: list[Group]) -> str:
     """All that the README says of one file."""
     parts = []
@@ -142,6 +158,7 @@ def section(path: Path, facts: dict[str, Any], groups: list[Group]) -> str:
             "peak_bytes" in row for row in group.rows.values()
         ):
             parts.append(markdown(group, memory, "peak MiB (above dense, of what the encodes give)"))
+        parts += left_dense(group)
     programs = " and ".join(dict.fromkeys(f"`scripts/{group.program}`" for group in groups))
     more = ", ".join(str(facts[key]) for key in ("dtype", "precision") if facts.get(key))
     source = f"[{path.as_posix()}]({path.as_posix()}) by {programs}"

@@ -11,6 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +21,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT as Compressed
 
 from models.callbacks import git_commit
-from stl import STLMLP, SettingError, STLLinear
+from models.semi_structured import compress
+from models.sparse24 import Sparse24Linear
+from stl import STLMLP, SettingError, STLLinear, count_flops
 from stl.functional import BACKENDS
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative, of each whole tensor
 ROUNDS, SECONDS = 5, 0.05  # turns, and how long a method is repeated in each
+SPARSE = "2:4"  # how tables call what the sparse kernels compute
+REFUSALS = (SettingError, RuntimeError)  # sizes that the sparse kernels do not take; what their prototype lacks
 YARDSTICKS = {"ratio": "dense", "ratio_compiled": "dense, compiled"}  # names of methods that others are compared with
 
 
@@ -41,6 +47,7 @@ class Method:
     numbers: int  # read and written, each once
     facts: dict[str, Any] = field(default_factory=dict)  # what its row says of it beside the name
     graph: bool = True  # on a GPU timed as a CUDA graph
+    refused: str | None = None  # why it is not computed here: all that its row says beside what was asked
 
 
 def one_pass(
@@ -70,6 +77,78 @@ def set_backend(model: nn.Module, backend: str) -> None:
     for module in model.modules():
         if isinstance(module, STLLinear | STLMLP):
             module.backend = backend
+
+
+# --- 2:4 ---------------------------------------------------------------------------------------------------------
+
+
+def takes(layer: nn.Linear, dtype: torch.dtype) -> bool:
+    """Whether cuSPARSELt takes a weight of this layer's sizes."""
+    least = Compressed._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    return not (layer.out_features % least.sparse_min_rows or layer.in_features % least.sparse_min_cols)
+
+
+def prune(model: nn.Module, wanted: Callable[[nn.Linear], bool] = lambda layer: True) -> None:
+    """Put a 2:4 layer, pruned by magnitude, in the place of each dense layer that is wanted. What is pruned is zero in
+    its weight: rounded to another dtype it prunes nothing else."""
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and wanted(layer):
+            sparse = Sparse24Linear(layer.in_features, layer.out_features, layer.bias is not None).to(layer.weight)
+            sparse.load_dense(layer.weight, layer.bias)
+            sparse.load_dense(sparse.pruned())
+            model.set_submodule(name, sparse)
+
+
+def compress_for(model: nn.Module, dtype: torch.dtype, run: Callable[[], object]) -> None:
+    """Compress the 2:4 layers of the model in place, in 16 bits, each with the algorithm that cuSPARSELt's search finds
+    for what `run`, a pass through the model, gives it. Raises one of REFUSALS where that cannot be."""
+    for module in model.modules():
+        if isinstance(module, Sparse24Linear):
+            module.to(dtype)
+    layers = [model.get_submodule(name) for name in compress(model)]
+    for layer in layers:
+        layer.register_forward_pre_hook(_contiguous)
+    handles = [layer.register_forward_pre_hook(_search) for layer in layers]
+    run()
+    for handle in handles:
+        handle.remove()
+
+
+def _contiguous(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a compressed layer takes: of another input F.linear makes products that its weight does not know."""
+    return (args[0].contiguous(),)
+
+
+def _search(layer: nn.Linear, args: tuple[Tensor, ...]) -> None:
+    weight = layer.weight
+    assert isinstance(weight, Compressed)
+    assert weight.packed is not None
+    weight.fuse_transpose_cusparselt = True  # rows come out one behind the other, as a dense layer gives them
+    x = weight._pad_dense_input(args[0].flatten(0, -2).to(weight.dtype))
+    weight.alg_id_cusparselt = torch._cslt_sparse_mm_search(weight.packed, x.T, layer.bias, transpose_result=True)
+
+
+def reason(error: Exception) -> str:
+    """What it says, on one line and not at length, with its kind unless it is a SettingError."""
+    said = textwrap.shorten(str(error), 300, placeholder=" …")
+    return said if isinstance(error, SettingError) else f"{type(error).__name__}: {said}"
+
+
+# --- bounds ------------------------------------------------------------------------------------------------------
+
+
+def work(module: nn.Module, shape: Sequence[int], activations: int, training: bool) -> tuple[int, int]:
+    """MACs of a pass on an input of this shape, and the numbers that must be read or written: so many activations, and
+    the weights, of a 2:4 layer those kept; in training, three passes, the weights three times, with their gradients."""
+    passes = 3 if training else 1
+    weights = sum(parameter.numel() for parameter in module.parameters())
+    weights -= sum(layer.weight.numel() // 2 for layer in module.modules() if isinstance(layer, Sparse24Linear))
+    return passes * count_flops(module, shape).total, activations + passes * weights
+
+
+def bound_seconds(macs: int, numbers: int, dtype: torch.dtype, top: dict[str, float]) -> float:
+    """The least that these can take below the `ceilings` of a machine."""
+    return max(numbers * dtype.itemsize / top["bytes_per_second"], 2 * macs / top["flops_per_second"])
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------
@@ -152,19 +231,22 @@ def measure(
     more: Callable[[Tensor], dict[str, Any]] = lambda first: {},
 ) -> list[dict[str, Any]]:
     """A row for each method: facts; its error against itself in higher precision; on a GPU what memory it takes; where
-    the error is small seconds, the ratio to dense and the most that this could be; and `more` of its first result."""
+    the error is small seconds, the ratio to dense and the most that this could be; and `more` of its first result. A
+    method that was refused has the reason instead."""
     torch.compiler.reset()  # else what was compiled for other shapes counts against the limit, behind which it is not
     rows: list[dict[str, Any]] = []
     runs = {}
     for method in methods:
+        row = {**facts, "method": method.name, **method.facts, "macs": method.macs}
+        rows.append(row)
+        if method.refused is not None:
+            row["refused"] = method.refused
+            continue
         got = method.run()
         device, dtype = got[0].device.type, got[0].dtype
         error = relative_error(got, method.wanted())
-        row = {**facts, "method": method.name, **method.facts, "macs": method.macs, "error": error, **more(got[0])}
-        row["bound_seconds"] = max(
-            method.numbers * dtype.itemsize / top["bytes_per_second"], 2 * method.macs / top["flops_per_second"]
-        )
-        rows.append(row)
+        row |= {"error": error, **more(got[0])}
+        row["bound_seconds"] = bound_seconds(method.macs, method.numbers, dtype, top)
         del got
         if error <= TOLERANCE[dtype]:  # false for NaN as well
             if device == "cuda":
@@ -182,6 +264,8 @@ def measure(
 
 def describe(head: str, row: dict[str, Any]) -> str:
     """A row of `measure` on one line."""
+    if "refused" in row:
+        return f"{head}  {row['method']:32} REFUSED, not timed: {row['refused']}"
     words = [f"{head}  {row['method']:32} error {row['error']:.1e}"]
     if "product_error" in row:
         words.append(f"of the product {row['product_error']:.1e}")

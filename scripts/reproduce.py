@@ -11,6 +11,7 @@ row that was not run says so, and one whose loss did not stay finite as well.
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import signal
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from benchmarking import run_main
 from rich.console import Console
 from rich.markup import escape
@@ -93,10 +95,11 @@ def train_all(
 ) -> list[Run]:
     """Train them, `jobs` side by side, each after the one that it begins with; returns those that failed.
 
-    After `minutes` what is under way is stopped.
+    Of several jobs each has one GPU, and all GPUs have as many. After `minutes` what is under way is stopped.
     """
     waiting, failed, done = list(runs), [], 0
     under_way: dict[Run, subprocess.Popen[bytes]] = {}
+    gpus, gpu_of = visible_gpus() if jobs > 1 else [], dict[Run, str]()
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     try:
         while waiting or under_way:
@@ -104,8 +107,11 @@ def train_all(
             ready = [run for run in waiting if run.start not in before]
             for run in ready[: jobs - len(under_way)]:
                 waiting.remove(run)
-                under_way[run] = _start(run, machine, outputs)
-                print(f"started {run.folder}", flush=True)
+                if gpus:
+                    taken = [gpu_of[other] for other in under_way]
+                    gpu_of[run] = min(gpus, key=taken.count)
+                under_way[run] = _start(run, machine, outputs, gpu_of.get(run))
+                print(f"started {run.folder}{f' on GPU {gpu_of[run]}' if gpus else ''}", flush=True)
             time.sleep(0.2)
             if deadline is not None and time.monotonic() > deadline:
                 print(f"{minutes:g} minutes are over", flush=True)
@@ -128,12 +134,20 @@ def train_all(
     return failed
 
 
-def _start(run: Run, machine: list[str], outputs: Path) -> subprocess.Popen[bytes]:
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them; none on a machine without."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(index) for index in range(count)]
+
+
+def _start(run: Run, machine: list[str], outputs: Path, gpu: str | None) -> subprocess.Popen[bytes]:
     folder = outputs / run.folder
     folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ if gpu is None else os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     with (folder / "log.txt").open("ab") as log:
         words = [sys.executable, *command(run, outputs, machine)]
-        return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def _last_line(folder: Path) -> str:
@@ -148,7 +162,7 @@ def main() -> None:
     parser.add_argument("--build", action="store_true", help="build the table from what is there and run nothing")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION/ROW", help="patterns of rows")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of this machine, for every run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side on this machine")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, over all GPUs")
     parser.add_argument("--minutes", type=float, help="stop after so many; the next call goes on")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"))
     parser.add_argument("--results", type=Path, default=Path("results"))

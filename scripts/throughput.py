@@ -13,11 +13,12 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import product
+from math import prod
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +27,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from benchmarking import machine, refuse_other, relative_error, run_main, set_backend, synchronize
+from benchmarking import (
+    REFUSALS,
+    SPARSE,
+    bound_seconds,
+    compress_for,
+    machine,
+    prune,
+    reason,
+    refuse_other,
+    relative_error,
+    run_main,
+    set_backend,
+    synchronize,
+    takes,
+    work,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -66,25 +82,36 @@ class How:
     image_size: int = 224
     compile_mode: str | None = "reduce-overhead"
     device: str = "cuda"  # "cpu" is there for the tests
+    ceilings: dict[str, float] | None = None  # of this machine; with them rows on one device have their bounds
 
 
 def linears(ranks: list[int]) -> dict[str, Callable[..., nn.Module]]:
     """The linear layers by the names they have in tables."""
     return {
         "dense": nn.Linear,
+        SPARSE: nn.Linear,  # then pruned
         **{f"stl t=4 r={rank}": partial(STLLinear, tile=4, rank=rank, basis="frame") for rank in ranks},
     }
 
 
 def build(case: Case, linear: Callable[..., nn.Module], how: How) -> Callable[[], Any]:
     """What makes the model of a case."""
-    return partial(build_model, case.model, num_classes=1000, img_size=how.image_size, linear=linear)
+    make = partial(build_model, case.model, num_classes=1000, img_size=how.image_size, linear=linear)
+    return partial(pruned, make) if case.linear == SPARSE else make
+
+
+def pruned(make: Callable[[], Any]) -> Any:
+    """The dense model that is made, with 2:4 layers where cuSPARSELt takes their sizes."""
+    model = make()
+    prune(model, partial(takes, dtype=torch.bfloat16))
+    return model
 
 
 def measure(case: Case, make: Callable[[], Any], how: How) -> dict[str, float]:
     """Images a second over all devices of a whole training step (AdamW included); the step's peak memory in GiB on the
-    first device; on one device also images a second of inference, and errors, which are all that a model has that is
-    wrong. Each device has a process of its own."""
+    first device; on one device also images a second of inference, with ceilings both bounds, and errors: a model that
+    is wrong has no rates. 2:4 has inference only, and the names of what stays dense; where the sparse kernels refuse
+    it, the reason alone. Each device has a process of its own."""
     with TemporaryDirectory() as folder:
         set_forkserver_preload(["timm", "models.build"])  # the imports, once for all rows
         torch.multiprocessing.start_processes(
@@ -112,21 +139,46 @@ def _process(rank: int, case: Case, make: Callable[[], Any], how: How, folder: P
         dist.destroy_process_group()
 
 
-def _rates(case: Case, make: Callable[[], Any], how: How, device: torch.device) -> dict[str, float]:
+def _rates(case: Case, make: Callable[[], Any], how: How, device: torch.device) -> dict[str, Any]:
     model = make().to(device)
+    try:
+        return _checked_rates(case, model, how, device)
+    except REFUSALS as error:
+        if case.linear != SPARSE:
+            raise
+        return {"refused": reason(error)}
+
+
+def _checked_rates(case: Case, model: Any, how: How, device: torch.device) -> dict[str, Any]:
     images = torch.randn(case.batch_size, 3, how.image_size, how.image_size, device=device)
-    labels = torch.randint(model.num_classes, (case.batch_size,), device=device)
     reference = copy.deepcopy(model)
+    rates: dict[str, Any] = {}
+    if case.devices == 1 and how.ceilings:
+        rates |= bounds(reference, images.shape, passes(case), how.ceilings)
     arrange(model, case)
-    rates: dict[str, float] = {}
-    if case.devices == 1:
+    if case.linear == SPARSE:
+        rates["left_dense"] = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
+        compress_for(model, torch.bfloat16, lambda: logits(model, images, torch.bfloat16))
+    elif case.devices == 1:
         rates |= errors("gradient_error", gradients, model, reference, images[:CHECKED])  # while it is not compiled
     compiled = parallel(model, case.strategy, how.compile_mode, device)
+    if case.devices == 1:
+        rates |= errors("error", logits, compiled, reference, images)  # of what is timed, with as many images
+        if not is_right(rates):
+            return rates
+        model.eval()
+        infer = partial(logits, compiled, images, torch.bfloat16)
+        rates["inference_images_per_second"] = case.batch_size / seconds_a_call(infer, how, device)
+        model.train()
+    del reference  # takes no part in the peak
+    return rates | (_training_rates(case, model, compiled, images, how) if "training" in passes(case) else {})
+
+
+def _training_rates(case: Case, model: Any, compiled: nn.Module, images: torch.Tensor, how: How) -> dict[str, float]:
+    device = images.device
+    labels = torch.randint(model.num_classes, (case.batch_size,), device=device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-    def infer() -> None:
-        logits(compiled, images, torch.bfloat16)
 
     def train() -> None:
         with torch.autocast(device.type, torch.bfloat16):
@@ -135,21 +187,28 @@ def _rates(case: Case, make: Callable[[], Any], how: How, device: torch.device) 
         optimizer.step()
         optimizer.zero_grad()
 
-    if case.devices == 1:
-        rates |= errors("error", logits, compiled, reference, images)  # of what is timed, with as many images
-        if not is_right(rates):
-            return rates
-        model.eval()
-        rates["inference_images_per_second"] = case.batch_size / seconds_a_call(infer, how, device)
-        model.train()
-    del reference  # takes no part in the peak
     train()  # the optimizer has its state from here on
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    rates["training_images_per_second"] = case.devices * case.batch_size / seconds_a_call(train, how, device)
+    rates = {"training_images_per_second": case.devices * case.batch_size / seconds_a_call(train, how, device)}
     if device.type == "cuda":
         rates["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return rates
+
+
+def passes(case: Case) -> tuple[str, ...]:
+    """What is measured of a model: of a compressed one, which has no gradients, inference."""
+    return ("inference",) if case.linear == SPARSE else ("inference", "training")
+
+
+def bounds(model: Any, shape: Sequence[int], names: Sequence[str], top: dict[str, float]) -> dict[str, float]:
+    """The most images a second that the ceilings allow each of these passes on images of this shape: with the MACs
+    counted, and images, logits and weights moved in bf16, as `work` has it."""
+    activations = prod(shape) + shape[0] * model.num_classes
+    least = {name: work(model, shape, activations, name == "training") for name in names}
+    return {
+        f"{name}_bound_images_per_second": shape[0] / bound_seconds(*least[name], torch.bfloat16, top) for name in names
+    }
 
 
 def arrange(model: nn.Module, case: Case) -> None:
@@ -190,8 +249,9 @@ def errors(
 
 
 def is_right(row: dict[str, Any]) -> bool:
-    """Whether all its errors are about those of plain bf16; not where one is NaN."""
-    return all(row[name] <= ALLOWED * row[f"plain_{name}"] for name in ("error", "gradient_error"))
+    """Whether its errors, both or that of inference, are about those of plain bf16; not where one is NaN."""
+    names = ["error", *(["gradient_error"] if "gradient_error" in row else [])]
+    return all(row[name] <= ALLOWED * row[f"plain_{name}"] for name in names)
 
 
 def parallel(model: nn.Module, strategy: str | None, compile_mode: str | None, device: torch.device) -> nn.Module:
@@ -205,7 +265,7 @@ def parallel(model: nn.Module, strategy: str | None, compile_mode: str | None, d
     return model
 
 
-def seconds_a_call(run: Callable[[], None], how: How, device: torch.device) -> float:
+def seconds_a_call(run: Callable[[], object], how: How, device: torch.device) -> float:
     """Median seconds of a call, over blocks of `how.calls` calls that follow each other as in training, so that the
     CPU may run ahead of a GPU; of several processes, which begin a block together, the slowest counts."""
     times = []
@@ -238,15 +298,19 @@ def read_rows(path: Path, here: dict[str, Any]) -> dict[Case, dict[str, Any]]:
 def describe(row: dict[str, Any]) -> str:
     words = [f"{row['model']:22} {row['linear']:12} {row['backend']:6} {'fused' if row['fused'] else '':5}"]
     words[0] += f" × {row['devices']} {row['strategy'] or '':5}"
-    if "error" in row:
-        words += [f"{name.replace('_', ' ')} {row[name]:.1e}" for name in ("error", "gradient_error")]
-    if "training_images_per_second" not in row:
+    if "refused" in row:
+        return "   ".join([*words, f"REFUSED, not timed: {row['refused']}"])
+    errors_of = [name for name in ("error", "gradient_error") if name in row]
+    words += [f"{name.replace('_', ' ')} {row[name]:.1e}" for name in errors_of]
+    if not any(f"{name}_images_per_second" in row for name in ("inference", "training")):
         return "   ".join([*words, "WRONG, not timed"])
     for name in ("inference", "training"):
         if f"{name}_images_per_second" in row:
             words.append(f"{name} {row[f'{name}_images_per_second']:.0f} images/s")
         if f"{name}_ratio" in row:
             words.append(f"{row[f'{name}_ratio']:.2f}× dense")
+        if f"{name}_bound_images_per_second" in row:
+            words.append(f"bound {row[f'{name}_bound_images_per_second']:.0f} images/s")
     if "scaling_efficiency" in row:
         words.append(f"scaling efficiency {row['scaling_efficiency']:.3f}")
     if "peak_memory_gib" in row:
@@ -280,7 +344,8 @@ def measure_all(cases: list[list[Case]], ranks: list[int], how: How, out: Path, 
             first = first or row
             row |= compared(row, first)
             rows[case] = row
-            write_json(out, {"machine": here, "models": list(rows.values())})
+            top = {"ceilings": how.ceilings} if how.ceilings else {}
+            write_json(out, {"machine": here, **top, "models": list(rows.values())})
             print(describe(row), flush=True)
 
 
@@ -301,7 +366,8 @@ def main() -> None:
     models = [name for name in VARIANTS if name != "t2t_vit_tiny"] if arguments.models == ["all"] else arguments.models
     how = How(repeats=arguments.repeats, compile_mode=arguments.compile)
     cases = []
-    for model, linear in product(models, linears(arguments.rank)):
+    layers = [name for name in linears(arguments.rank) if name != SPARSE]  # bench_models.py measures that
+    for model, linear in product(models, layers):
         single = Case(model, linear, arguments.batch_size)
         several = arguments.strategy if arguments.devices > 1 else []
         cases.append([single, *(replace(single, devices=arguments.devices, strategy=name) for name in several)])

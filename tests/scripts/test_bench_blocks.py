@@ -8,12 +8,15 @@ import benchmarking
 import pytest
 import torch
 from bench_blocks import Bench, Block
+from sparse_kernels import emulate
 
 from stl import STLMLP
 
 TOP = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
 MLP = Block("mlp", 2, 5, 8, 12)
 ATTENTION = Block("attention", 2, 5, 8, 2)
+WIDE = Block("mlp", 2, 8, 16, 32), Block("attention", 2, 8, 16, 2)  # sizes that cuSPARSELt takes
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
 N = 2 * 2  # rows of tiles: 5 tokens make two, in each sample
 
 
@@ -107,6 +110,101 @@ def test_the_residual_does_not_hide_wrong_attention(name, which):
         weight.data += change * (1 if name.endswith("bias") else weight.data)
     error = benchmarking.relative_error(bench.run(wrong)(), bench.run(right)())
     assert error > benchmarking.TOLERANCE[torch.bfloat16]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The CPU has kernels for 2:4 in every dtype."""
+    monkeypatch.setattr(bench_blocks, "has_sparse_kernels", lambda device, dtype: True)
+
+
+@pytest.mark.parametrize("block", WIDE)
+def test_sparse_kernels_are_measured_in_inference(block, kernels, monkeypatch):
+    searched = emulate(monkeypatch)
+    dense, sparse, _ = rows(block, "inference")
+    assert (sparse["method"], "rank" in sparse) == ("2:4", False)
+    assert sparse["error"] < 1e-5
+    assert sparse["seconds"] > 0
+    linear = dense["macs"] - 2 * 2 * 8 * 8 * 16 * (block.kind == "attention")  # but for the products of attention
+    assert sparse["macs"] == dense["macs"] - linear // 2
+    assert sparse["bound_seconds"] < dense["bound_seconds"]
+    assert len(searched) == 2
+    assert [row["method"] for row in rows(block, "training")] == ["dense", "stl r=16, torch"]
+
+
+@pytest.mark.parametrize("which", bench_blocks.PASSES)
+@pytest.mark.parametrize("block", WIDE)
+def test_a_compiled_block_gives_the_same(block, which):
+    bench = Bench(block, which, "cpu", torch.float32)
+    module = bench.build(torch.nn.Linear)
+    compiled = torch.compile(module, backend="eager")
+    for got, wanted in zip(bench.run(module, compiled)(), bench.run(module)(), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_sparse_kernels_that_are_wrong_have_no_time(what, kernels, monkeypatch):
+    emulate(monkeypatch)
+    right = bench_blocks.compress_for
+
+    def wrong(model, dtype, run):
+        right(model, dtype, run)
+        last = model[0].fc2
+        (last.weight.packed if what == "weight" else last.bias).mul_(1.1)
+
+    monkeypatch.setattr(bench_blocks, "compress_for", wrong)
+    dense, sparse, _ = rows(WIDE[0], "inference")
+    assert "seconds" in dense
+    assert sparse["error"] > 1e-3
+    assert not {"seconds", "refused"} & set(sparse)
+
+
+def test_what_the_sparse_kernels_refuse_says_why_and_the_others_go_on(kernels):
+    dense, sparse, stl = rows(MLP, "inference")
+    assert sparse["method"] == "2:4"
+    assert sparse["refused"].startswith("layer '0.fc1' is on cpu: kernels for 2:4 sparsity need a GPU")
+    assert not {"seconds", "error", "ratio"} & set(sparse)
+    assert min(dense["seconds"], stl["seconds"]) > 0
+
+
+def test_what_fails_in_the_sparse_kernels_is_refused(kernels, monkeypatch):
+    def fails(model, dtype, run):
+        raise NotImplementedError("only supports a specific set\nof operations\n" + "at " * 1000)
+
+    monkeypatch.setattr(bench_blocks, "compress_for", fails)
+    _, sparse, _ = rows(WIDE[0], "inference")
+    assert sparse["refused"].startswith("NotImplementedError: only supports a specific set of operations at at")
+    assert len(sparse["refused"]) < 400
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "there"),
+    [
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float16, True),
+        ("cuda", torch.float32, False),
+        ("cpu", torch.bfloat16, False),
+    ],
+)
+def test_where_there_are_sparse_kernels(device, dtype, there):
+    assert bench_blocks.has_sparse_kernels(device, dtype) == there
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+def test_sparse_kernels_on_a_gpu(kind):
+    block = Block(kind, 4, 64, 128, 256 if kind == "mlp" else 2)
+    measured = benchmarking.measure({}, Bench(block, "inference", "cuda", torch.bfloat16).methods([], []), TOP)
+    assert [row["method"] for row in measured] == ["dense", "dense, compiled", "2:4", "2:4, compiled"]
+    assert all("refused" not in row and row["seconds"] > 0 for row in measured)
+
+
+@needs_gpu
+def test_sizes_that_sparse_kernels_on_a_gpu_refuse():
+    bench = Bench(Block("mlp", 4, 64, 128, 200), "inference", "cuda", torch.bfloat16)
+    *_, sparse = benchmarking.measure({}, bench.methods([], []), TOP)
+    assert sparse["method"] == "2:4"
+    assert "layer '0.fc1' cannot be compressed" in sparse["refused"]
 
 
 def run(monkeypatch, *words):

@@ -8,8 +8,18 @@ import benchmarking
 import pytest
 import throughput
 import torch
+from sparse_kernels import emulate
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
 ERRORS = {f"{plain}{name}": 0.01 for plain in ("", "plain_") for name in ("error", "gradient_error")}
+
+
+TOP = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(bench_models, "ceilings", lambda device, dtype: TOP)
 
 
 def run(monkeypatch, out, *words):
@@ -68,7 +78,35 @@ def test_the_command_line_says_how(tmp_path, measured, monkeypatch):
     assert (how.image_size, how.repeats, how.compile_mode, how.device) == (64, 3, None, "cpu")
 
 
-def test_a_model_of_timm(tmp_path, monkeypatch):
+def test_on_a_gpu_2_4_stands_behind_dense():
+    cases = bench_models.group("t2t_vit_7", [16], ["torch"], 8, "cuda")
+    assert [case.linear for case in cases] == ["dense", "2:4", "stl t=4 r=16"]
+    assert "2:4" not in [case.linear for case in bench_models.group("t2t_vit_7", [16], ["torch"], 8, "cpu")]
+
+
+def test_2_4_of_a_model_of_timm(monkeypatch):
+    emulate(monkeypatch)
+    case = throughput.Case("deit_tiny_patch16_224", "2:4", 1)
+    how = throughput.How(1, 1, image_size=32, compile_mode=None, device="cpu", ceilings=TOP)
+    make = throughput.build(case, throughput.linears([])["2:4"], how)
+    rates = throughput._rates(case, make, how, torch.device("cpu"))
+    assert rates["left_dense"] == ["head"]
+    assert rates["inference_images_per_second"] > 0
+    dense = throughput.bounds(make.args[0](), (1, 3, 32, 32), ["inference"], TOP)["inference_bound_images_per_second"]
+    assert 1.5 * dense < rates["inference_bound_images_per_second"] < 2 * dense
+
+
+@needs_gpu
+def test_2_4_on_a_gpu():
+    case = throughput.Case("deit_tiny_patch16_224", "2:4", 16)
+    how = throughput.How(1, 1, ceilings=TOP)
+    make = throughput.build(case, throughput.linears([])["2:4"], how)
+    rates = throughput._rates(case, make, how, torch.device("cuda"))
+    assert "refused" not in rates
+    assert rates["inference_images_per_second"] > 0
+
+
+def test_a_model_of_timm(tmp_path, monkeypatch, capsys):
     """In this process, as measure() does it in another."""
 
     def measure(case, linear, how):
@@ -78,7 +116,12 @@ def test_a_model_of_timm(tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "measure", measure)
     words = ["--models", "deit_tiny_patch16_224", "--backends", "torch", "--batch-size", "1", "--image-size", "32"]
     run(monkeypatch, tmp_path / "file.json", *words, "--compile", "none")
-    dense, stl = json.loads((tmp_path / "file.json").read_text())["models"]
+    written = json.loads((tmp_path / "file.json").read_text())
+    assert written["ceilings"] == TOP
+    dense, stl = written["models"]
+    for name in ("inference", "training"):
+        assert 0 < dense[f"{name}_bound_images_per_second"] < stl[f"{name}_bound_images_per_second"]
+    assert f"bound {dense['training_bound_images_per_second']:.0f} images/s" in capsys.readouterr().out
     assert stl["inference_ratio"] == stl["inference_images_per_second"] / dense["inference_images_per_second"]
     assert 0 < stl["error"] == stl["plain_error"]
 

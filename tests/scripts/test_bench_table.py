@@ -116,6 +116,45 @@ def test_models(monkeypatch, tmp_path, capsys):
     assert "`scripts/bench_models.py`, bfloat16, bf16 autocast; GPU X" in source
 
 
+def bounded(linear, rate, inference, training, **more):
+    bounds = {"inference_bound_images_per_second": inference, "training_bound_images_per_second": training}
+    return model(linear, rate, **bounds, **more)
+
+
+def test_models_with_bounds_and_2_4(monkeypatch, tmp_path, capsys):
+    sparse = {"inference_images_per_second": 30000.0, "inference_bound_images_per_second": 160000.0}
+    rows = [
+        bounded("dense", 40000.0, 80000.0, 6000.0),
+        model("2:4", left_dense=["attention1.kqv", "head"]) | sparse,
+        bounded(STL, 50000.0, 200000.0, 24000.0, backend="triton"),
+        model("dense", 100.0) | {"model": "t2t_vit_14"},
+        model("2:4", refused="no such sizes") | {"model": "t2t_vit_14"},
+    ]
+    text = run(monkeypatch, tmp_path, capsys, MODELS | {"models": rows, "ceilings": {}})
+    inference, note, training, _ = text.strip().split("\n\n")
+    assert inference.splitlines() == [
+        "| inference, images a second: model | dense | 2:4 | stl r=16, triton |",
+        "|---|---|---|---|",
+        "| t2t_vit_7 | 40,000 (2.00) | 0.75 (4.00) | 1.25 (5.00) |",
+        "| t2t_vit_14 | 100 | refused | not run |",
+    ]
+    assert note == "2:4 leaves dense what its kernels do not take: t2t_vit_7: attention1.kqv, head."
+    assert training.splitlines() == [
+        "| training, images a second: model | dense | stl r=16, triton |",
+        "|---|---|---|",
+        "| t2t_vit_7 | 4,000 (1.50) | 1.25 (6.00) |",
+        "| t2t_vit_14 | 10 | not run |",
+    ]
+
+
+def test_blocks_that_are_refused(monkeypatch, tmp_path, capsys):
+    refused = {"method": "2:4", "macs": 1, "refused": "no such sizes"}
+    rows = [MLP | {"pass": "training"} | entry for entry in (row("dense", 4e-3, peak_bytes=MIB), refused)]
+    speed, memory, _ = run(monkeypatch, tmp_path, capsys, BLOCKS | {"rows": rows}).strip().split("\n\n")
+    assert speed.splitlines()[-1] == "| 2, 5, 8, 12 | 4 ms | refused |"
+    assert memory.splitlines()[-1] == "| 2, 5, 8, 12 | 1 | refused |"
+
+
 def test_a_wrong_yardstick_leaves_nothing_to_compare_with(monkeypatch, tmp_path, capsys):
     shape = {"n": 8, "k": 4, "m": 4}
     rows = [shape | row("dense"), shape | row("stl r=16, auto", 2e-3, rank=16)]

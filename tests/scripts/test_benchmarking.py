@@ -1,14 +1,18 @@
 """scripts/benchmarking.py: that nothing wrong has a time, and what the numbers beside a time are."""
 
+import copy
 import json
 from argparse import Namespace
+from dataclasses import replace
 
 import benchmarking
 import pytest
 import torch
-from benchmarking import Method, describe, measure, relative_error
+from benchmarking import Method, compress_for, describe, measure, prune, relative_error, takes, work
+from sparse_kernels import emulate
 from torch import nn
 
+from models.sparse24 import Sparse24Linear
 from stl import STLMLP, SettingError, STLLinear, fuse_mlps
 
 TOP = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
@@ -43,6 +47,15 @@ def test_what_is_wrong_has_no_time():
         assert describe("4", row).endswith("WRONG, not timed")
 
 
+def test_what_is_refused_is_not_computed_and_says_why():
+    refused = replace(method("2:4", ONES * 2), refused="sizes of 3", run=None)
+    dense, row, stl = measure({"n": 4}, [method("dense"), refused, method("stl")], TOP)
+    assert row == {"n": 4, "method": "2:4", "macs": 64, "refused": "sizes of 3"}
+    assert describe("4", row).endswith("REFUSED, not timed: sizes of 3")
+    assert dense["ratio"] == 1
+    assert stl["ratio"] > 0
+
+
 def test_without_a_right_dense_method_there_is_no_ratio():
     wrong, right = measure({}, [method("dense", ONES * 2), method("stl")], TOP)
     assert "seconds" not in wrong
@@ -60,6 +73,63 @@ def test_a_method_of_another_number_of_tensors_is_a_mistake():
 def test_the_bound_is_the_larger_of_bytes_and_flops():
     for macs, numbers, bound in ((1000, 10, 2e-6), (10, 1000, 4e-6)):
         assert measure({}, [method("dense", macs=macs, numbers=numbers)], TOP)[0]["bound_seconds"] == bound
+
+
+@pytest.mark.parametrize(("training", "passes"), [(False, 1), (True, 3)])
+def test_work_counts_the_half_of_a_weight_that_2_4_keeps(training, passes):
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    assert work(model, (2, 3, 16), 5, training) == (
+        passes * 6 * (16 * 8 + 8 * 4),
+        5 + passes * (16 * 8 + 8 + 8 * 4 + 4),
+    )
+    prune(model, lambda layer: layer.in_features == 16)
+    assert work(model, (2, 3, 16), 5, training) == (
+        passes * 6 * (16 * 4 + 8 * 4),
+        5 + passes * (16 * 4 + 8 + 8 * 4 + 4),
+    )
+
+
+def test_sizes_that_cusparselt_takes():
+    sizes = {(147, 192): False, (576, 256): True, (256, 1000): False, (256, 256): True}
+    assert {size: takes(nn.Linear(*size, device="meta"), torch.bfloat16) for size in sizes} == sizes
+
+
+def test_pruning_keeps_the_two_largest_of_four_in_every_dtype():
+    dense = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8, bias=False))
+    with torch.no_grad():  # so close to each other that bf16 rounds most of them to the same
+        for layer in dense:
+            layer.weight.copy_(1 + 0.01 * torch.rand_like(layer.weight))
+    pruned = copy.deepcopy(dense)
+    prune(pruned)
+    for before, after in zip(dense, pruned, strict=True):
+        assert isinstance(after, Sparse24Linear)
+        groups = before.weight.unflatten(1, (-1, 4))
+        kept = torch.zeros_like(groups).scatter_(2, groups.topk(2, 2).indices, 1.0).flatten(1)
+        torch.testing.assert_close(after.weight, before.weight * kept, rtol=0, atol=0)
+        assert (before.bias is None) == (after.bias is None)
+        rounded = after.weight.bfloat16()
+        assert torch.equal(after.bfloat16().pruned(), rounded)
+    assert torch.equal(pruned[0].bias, dense[0].bias.bfloat16())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_compressed_layers_take_any_input_by_the_algorithm_that_was_searched(mode, monkeypatch):
+    searched = emulate(monkeypatch)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16, bias=False), nn.Linear(16, 3))
+    prune(model, lambda layer: layer.out_features > 3)
+    x = torch.randn(2, 16, 5).mT  # 10 rows, for which cuSPARSELt wants 16
+    wanted = model(x)
+
+    def run():
+        with mode(), torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    plain = run()
+    compress_for(model, torch.bfloat16, run)
+    assert searched == [((32, 16), (16, 16)), ((16, 32), (32, 16))]
+    torch.testing.assert_close(run(), plain, rtol=0.02, atol=0.01)
+    torch.testing.assert_close(run().float(), wanted, rtol=0.05, atol=0.03)
+    assert len(searched) == 2  # once
 
 
 def test_a_row_has_all_that_is_known_of_it(monkeypatch):

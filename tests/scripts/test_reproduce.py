@@ -16,13 +16,14 @@ from stl import SettingError
 # Stands in for train.py: top-1 is 10·lr + seed; a run with `fail` fails; one with `diverge` finds a loss of NaN; one
 # with `wait` writes a curve and waits.
 PROGRAM = """
-import json, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 words = dict(word.split("=", 1) for word in sys.argv[1:])
 folder = Path(words["hydra.run.dir"])
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "metrics.csv").write_text("epoch,top1\\n0,0.5\\n0,\\n1,0.6\\n")
 (folder / "config.yaml").write_text("seed: 0\\n")
+(folder / "gpu.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 print("complaint" if "fail" in words else "fine")
 if "fail" in words:
     sys.exit(1)
@@ -93,6 +94,23 @@ def call(tmp_path, monkeypatch):
         reproduce.main()
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("jobs", "visible", "given"),
+    [
+        ("4", None, ["0", "0", "1", "1"]),
+        ("4", "GPU-a,GPU-b", ["GPU-a", "GPU-a", "GPU-b", "GPU-b"]),
+        ("1", None, ["all"] * 4),
+    ],
+)
+def test_jobs_share_all_gpus_evenly(call, tmp_path, monkeypatch, jobs, visible, given):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    call("--only", "first/*", "--jobs", jobs)
+    assert sorted(path.read_text() for path in tmp_path.rglob("gpu.txt")) == given
 
 
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -7,13 +7,17 @@ import pytest
 import throughput
 import torch
 from benchmarking import run_main
+from sparse_kernels import emulate
 from throughput import Case, How
+from torch import nn
 
-from stl import SettingError
+from stl import SettingError, count_flops
 
 QUICK = How(repeats=2, calls=1, image_size=32, compile_mode=None, device="cpu")
 HERE = {"gpu": "X", "driver": "1", "versions": {"torch": "2"}, "git_commit": "abc", "compile": None, "date": "today"}
 SINGLE = Case("t2t_vit_tiny", "dense", 2)
+SPARSE = Case("t2t_vit_tiny", "2:4", 2)
+TOP = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
 DDP = Case("t2t_vit_tiny", "dense", 2, devices=2, strategy="ddp")
 
 
@@ -50,11 +54,77 @@ def test_what_is_wrong_has_no_rate(monkeypatch):
     assert throughput.describe({**vars(SINGLE), **rates}).endswith("WRONG, not timed")
 
 
+def test_2_4_is_measured_in_inference_under_autocast(monkeypatch):
+    searched = emulate(monkeypatch)
+    rates = throughput._rates(SPARSE, made(SPARSE), QUICK, torch.device("cpu"))
+    assert set(rates) == {"left_dense", "error", "plain_error", "inference_images_per_second"}
+    assert rates["left_dense"] == ["tokens_to_token.attention1.kqv", "head"]  # 147 features in, 1000 out
+    assert 0 < rates["error"] <= throughput.ALLOWED * rates["plain_error"] < 0.05
+    assert len(searched) == 8 + 3 * 4  # the T2T module's but for one, and four a block
+    line = throughput.describe({**vars(SPARSE), **rates})
+    assert "WRONG" not in line
+    assert "gradient" not in line
+
+
+def test_2_4_is_held_against_the_masked_model(monkeypatch):
+    emulate(monkeypatch)
+    monkeypatch.setattr(throughput, "pruned", lambda make: make())  # dense, and compressed all the same
+    right = throughput.compress_for
+
+    def pruned_late(model, dtype, run):
+        throughput.prune(model, lambda layer: throughput.takes(layer, dtype))
+        right(model, dtype, run)
+
+    monkeypatch.setattr(throughput, "compress_for", pruned_late)
+    rates = throughput._rates(SPARSE, made(SPARSE), QUICK, torch.device("cpu"))
+    assert "inference_images_per_second" not in rates
+    assert throughput.describe({**vars(SPARSE), **rates}).endswith("WRONG, not timed")
+
+
+def test_2_4_that_is_refused_says_why():
+    rates = throughput._rates(SPARSE, made(SPARSE), QUICK, torch.device("cpu"))
+    assert set(rates) == {"refused"}
+    line = throughput.describe({**vars(SPARSE), **rates})
+    assert "REFUSED, not timed: layer 'tokens_to_token.attention1.proj' is on cpu: kernels for 2:4" in line
+
+
+def test_what_else_fails_is_not_refused(monkeypatch):
+    def fails(model, case):
+        raise RuntimeError("a kernel")
+
+    monkeypatch.setattr(throughput, "arrange", fails)
+    with pytest.raises(RuntimeError, match="a kernel"):
+        throughput._rates(SINGLE, made(SINGLE), QUICK, torch.device("cpu"))
+
+
+def test_with_ceilings_rows_have_bounds():
+    rates = throughput._rates(SINGLE, made(SINGLE), throughput.replace(QUICK, ceilings=TOP), torch.device("cpu"))
+    macs = count_flops(made(SINGLE)(), (1, 3, 32, 32)).total
+    assert rates["inference_bound_images_per_second"] == pytest.approx(1e9 / (2 * macs))
+    assert rates["training_bound_images_per_second"] == pytest.approx(1e9 / (6 * macs))
+
+
+def test_the_bound_by_bandwidth_moves_images_logits_and_weights():
+    model = nn.Linear(4, 10, bias=False)
+    model.num_classes = 10
+    slow = TOP | {"flops_per_second": 1e20, "bytes_per_second": 2.0}  # one number of bf16 a second
+    assert throughput.bounds(model, (3, 4), ["inference", "training"], slow) == {
+        "inference_bound_images_per_second": 3 / (3 * 4 + 3 * 10 + 4 * 10),
+        "training_bound_images_per_second": 3 / (3 * 4 + 3 * 10 + 3 * 4 * 10),
+    }
+    assert set(throughput.bounds(model, (3, 4), throughput.passes(SPARSE), slow)) == {
+        "inference_bound_images_per_second"
+    }
+
+
 @pytest.mark.parametrize(("error", "gradient", "right"), [(2, 2, True), (2.1, 1, False), (1, 2.1, False)])
 def test_errors_are_held_against_those_of_plain_bf16(error, gradient, right):
     row = {"error": error, "plain_error": 1, "gradient_error": gradient, "plain_gradient_error": 1}
     assert throughput.is_right(row) == right
     assert not throughput.is_right(row | {"error": float("nan")})
+    inference = {"error": error, "plain_error": 1}
+    assert throughput.is_right(inference) == (error <= 2)
+    assert not throughput.is_right(inference | {"error": float("nan")})
 
 
 @pytest.mark.parametrize("strategy", throughput.STRATEGIES)
