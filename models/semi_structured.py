@@ -7,7 +7,8 @@ of certain sizes only.
 import warnings
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from models.sparse24 import Sparse24Linear
 from stl import SettingError
@@ -15,8 +16,16 @@ from stl import SettingError
 DTYPES = (torch.float16, torch.bfloat16)
 
 
+class SemiStructuredLinear(nn.Linear):
+    """A linear layer with a compressed weight, for inference."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # of another layout F.linear makes products that a compressed weight does not know
+        return F.linear(x.contiguous(), self.weight, self.bias)
+
+
 def compress(model: nn.Module) -> list[str]:
-    """Put a linear layer with a compressed weight in the place of every `Sparse24Linear`, in place, for inference.
+    """Put a `SemiStructuredLinear` in the place of every `Sparse24Linear`, in place, for inference.
 
     Returns the names of the layers. Count MACs before: a compressed layer is counted as a dense one.
 
@@ -42,8 +51,8 @@ def _compressed(name: str, layer: Sparse24Linear) -> nn.Linear:
         )
     if weight.dtype not in DTYPES:
         raise SettingError(f"layer {name!r} is in {weight.dtype}: kernels for 2:4 sparsity need float16 or bfloat16")
-    dense = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-    dense.bias = layer.bias  # type: ignore[assignment]
+    made = SemiStructuredLinear(layer.in_features, layer.out_features, False, device="meta")
+    made.bias = layer.bias  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor is in prototype")
@@ -51,5 +60,5 @@ def _compressed(name: str, layer: Sparse24Linear) -> nn.Linear:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise SettingError(f"layer {name!r} cannot be compressed ({reason}); leave it dense") from error
-    dense.weight = nn.Parameter(compressed, requires_grad=False)
-    return dense.requires_grad_(False).train(layer.training)
+    made.weight = nn.Parameter(compressed, requires_grad=False)
+    return made.requires_grad_(False).train(layer.training)

@@ -38,6 +38,7 @@ from benchmarking import (
     reason,
     run_main,
     set_backend,
+    tried,
     work,
 )
 from torch import Tensor, nn
@@ -145,12 +146,7 @@ class Bench:
         except REFUSALS as error:
             yield replace(next(self.of(SPARSE, reference, reference, {})), refused=reason(error))
             return
-        for method in self.of(SPARSE, compressed, reference, {}):
-            try:
-                method.run()
-            except REFUSALS as error:
-                method = replace(method, refused=reason(error))
-            yield method
+        yield from map(tried, self.of(SPARSE, compressed, reference, {}))
 
     def build(self, linear: Linear) -> nn.Module:
         torch.manual_seed(0)

@@ -3,10 +3,11 @@
     python scripts/bench_llm.py --out results/llm_h200.json          # TinyLlama-1.1B's shapes, 16,384 tokens
     python scripts/bench_llm.py --models llama_small --ranks 16 24 --ways tokens --backends triton
 
-Prefill computes the logits of --batch sequences of --length tokens at once, with a cache, as a CUDA graph. Decoding
-feeds as many sequences --steps tokens, one after the other, from an empty cache, by the CPU's launches as generation
-does. Weights are random: they change no time. Each way is held against itself in higher precision before it is timed;
-by the kernels STL comes with its MLPs fused as well; 2:4 is PyTorch's sparse kernels, on a GPU in 16 bits.
+Prefill computes the logits of --batch sequences of --length tokens at once, with a cache, as a CUDA graph, on a GPU
+also compiled. Decoding feeds as many sequences --steps tokens, one after the other, from an empty cache, by the CPU's
+launches as generation does. Weights are random: they change no time. Each way is held against itself in higher
+precision before it is timed; by the kernels STL comes with its MLPs fused as well; 2:4 is PyTorch's sparse kernels, on
+a GPU in 16 bits, each layer with the algorithm that cuSPARSELt's search finds.
 """
 
 import argparse
@@ -16,14 +17,29 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarking import Method, add_options, backends_of, begin, describe, measure, run_main, set_backend
+from benchmarking import (
+    REFUSALS,
+    SPARSE,
+    Method,
+    add_options,
+    backends_of,
+    begin,
+    compress_for,
+    describe,
+    measure,
+    reason,
+    run_main,
+    set_backend,
+    tried,
+    weights,
+)
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from study import CONFIGS
 from torch import Tensor, nn
 
 from models.callbacks import write_json
-from models.semi_structured import DTYPES, compress
+from models.semi_structured import DTYPES
 from models.sparse24 import Sparse24Linear
 from stl import STLLinear, count_flops, fuse_mlps
 
@@ -46,16 +62,22 @@ def build(config: Any, linear: Callable[..., nn.Module], device: str, dtype: tor
     return instantiate(config, linear=linear, tokens=vocabulary, length=1, sample=None).to(device, dtype).eval()
 
 
-def variants(arguments: argparse.Namespace, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any, dict]]:
-    """Name, the model that is timed, the one that it is held against, and what rows say of it."""
+def variants(
+    arguments: argparse.Namespace, config: Any, dtype: torch.dtype, run: Callable[[Any], object]
+) -> Iterator[tuple[str, Any, Any, dict]]:
+    """Name, the model that is timed, the one that it is held against, and what rows say of it. `run` is a pass, for
+    which 2:4 searches its algorithms."""
     make = partial(build, config, device=arguments.device, dtype=dtype)
     dense = make(nn.Linear)
     yield "dense", dense, dense, {}
     if arguments.device == "cuda" and dtype in DTYPES:
         pruned = make(Sparse24Linear)
         sparse = copy.deepcopy(pruned)
-        compress(sparse)
-        yield "2:4", sparse, pruned, {}
+        try:
+            compress_for(sparse, dtype, partial(run, sparse))
+            yield SPARSE, sparse, pruned, {}
+        except REFUSALS as error:
+            yield SPARSE, sparse, pruned, {"refused": reason(error)}
     for way in arguments.ways:
         for rank in arguments.ranks:
             reference = make(partial(STLLinear, tile=4, rank=rank, **WAYS[way]))
@@ -90,17 +112,24 @@ def methods(arguments: argparse.Namespace, config: Any, phase: str, dtype: torch
     run = {"prefill": prefill, "decode": decode}[phase]
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     length = arguments.length if phase == "prefill" else arguments.steps
-    for name, timed, reference, facts in variants(arguments, config, dtype):
-        ids = torch.arange(arguments.batch * length, device=arguments.device).view(arguments.batch, length) % 997
+    ids = torch.arange(arguments.batch * length, device=arguments.device).view(arguments.batch, length) % 997
+    at_once, times = (ids, 1) if phase == "prefill" else (ids[:, :1], length)
+    for name, timed, reference, facts in variants(arguments, config, dtype, lambda model: run(model, at_once)):
 
-        def wanted(reference: Any = reference, ids: Tensor = ids) -> tuple[Tensor, ...]:
+        def wanted(reference: Any = reference) -> tuple[Tensor, ...]:
             return run(copy.deepcopy(reference).to(wide), ids)
 
-        at_once, times = (ids.shape, 1) if phase == "prefill" else ((arguments.batch, 1), length)
-        macs = times * count_flops(reference, at_once, torch.int64).total
-        numbers = times * sum(p.numel() for p in timed.parameters())  # the weights, each time
-        facts = {**facts, "tokens": ids.numel()}
-        yield Method(name, partial(run, timed, ids), wanted, macs, numbers, facts, graph=phase == "prefill")
+        macs = times * count_flops(reference, at_once.shape, torch.int64).total
+        numbers = times * weights(reference)
+        facts = {"tokens": ids.numel(), **facts}
+        refused = facts.pop("refused", None)
+        graph = phase == "prefill"
+        ways = {name: timed}
+        if graph and arguments.device == "cuda" and refused is None:
+            ways[f"{name}, compiled"] = torch.compile(timed, dynamic=False)
+        for way, model in ways.items():
+            method = Method(way, partial(run, model, ids), wanted, macs, numbers, facts, graph, refused)
+            yield tried(method) if name == SPARSE and refused is None else method
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT as Compressed
 
 from models.callbacks import git_commit
-from models.semi_structured import compress
+from models.semi_structured import SemiStructuredLinear, compress
 from models.sparse24 import Sparse24Linear
 from stl import STLMLP, SettingError, STLLinear, count_flops
 from stl.functional import BACKENDS
@@ -105,27 +105,28 @@ def compress_for(model: nn.Module, dtype: torch.dtype, run: Callable[[], object]
     for module in model.modules():
         if isinstance(module, Sparse24Linear):
             module.to(dtype)
-    layers = [model.get_submodule(name) for name in compress(model)]
-    for layer in layers:
-        layer.register_forward_pre_hook(_contiguous)
-    handles = [layer.register_forward_pre_hook(_search) for layer in layers]
+    handles = [model.get_submodule(name).register_forward_pre_hook(_search) for name in compress(model)]
     run()
     for handle in handles:
         handle.remove()
 
 
-def _contiguous(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What a compressed layer takes: of another input F.linear makes products that its weight does not know."""
-    return (args[0].contiguous(),)
-
-
-def _search(layer: nn.Linear, args: tuple[Tensor, ...]) -> None:
+def _search(layer: SemiStructuredLinear, args: tuple[Tensor, ...]) -> None:
     weight = layer.weight
     assert isinstance(weight, Compressed)
     assert weight.packed is not None
     weight.fuse_transpose_cusparselt = True  # rows come out one behind the other, as a dense layer gives them
-    x = weight._pad_dense_input(args[0].flatten(0, -2).to(weight.dtype))
+    x = weight._pad_dense_input(args[0].contiguous().flatten(0, -2).to(weight.dtype))
     weight.alg_id_cusparselt = torch._cslt_sparse_mm_search(weight.packed, x.T, layer.bias, transpose_result=True)
+
+
+def tried(method: Method) -> Method:
+    """The method; as refused where running it raises one of REFUSALS."""
+    try:
+        method.run()
+    except REFUSALS as error:
+        return replace(method, refused=reason(error))
+    return method
 
 
 def reason(error: Exception) -> str:
@@ -141,9 +142,13 @@ def work(module: nn.Module, shape: Sequence[int], activations: int, training: bo
     """MACs of a pass on an input of this shape, and the numbers that must be read or written: so many activations, and
     the weights, of a 2:4 layer those kept; in training, three passes, the weights three times, with their gradients."""
     passes = 3 if training else 1
-    weights = sum(parameter.numel() for parameter in module.parameters())
-    weights -= sum(layer.weight.numel() // 2 for layer in module.modules() if isinstance(layer, Sparse24Linear))
-    return passes * count_flops(module, shape).total, activations + passes * weights
+    return passes * count_flops(module, shape).total, activations + passes * weights(module)
+
+
+def weights(module: nn.Module) -> int:
+    """How many numbers its parameters are, of a 2:4 layer those kept."""
+    dropped = sum(layer.weight.numel() // 2 for layer in module.modules() if isinstance(layer, Sparse24Linear))
+    return sum(parameter.numel() for parameter in module.parameters()) - dropped
 
 
 def bound_seconds(macs: int, numbers: int, dtype: torch.dtype, top: dict[str, float]) -> float:

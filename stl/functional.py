@@ -35,6 +35,8 @@ def to_tiles(x: Tensor, tile: int) -> Tensor:
     n, k = x.shape[-2:]
     x = F.pad(x, (0, -k % tile, 0, -n % tile))
     x = x.unflatten(-1, (x.shape[-1] // tile, tile)).unflatten(-3, (x.shape[-2] // tile, tile))
+    if torch.compiler.is_exporting():  # one copy of them all would guard strides, and with these a dynamic batch
+        return torch.stack([entries for row in x.unbind(-3) for entries in row.unbind(-1)])
     return x.movedim((-3, -1), (0, 1)).flatten(0, 1)
 
 

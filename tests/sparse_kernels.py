@@ -31,7 +31,7 @@ def emulate(monkeypatch) -> list[tuple[tuple[int, ...], ...]]:
     searched = []
 
     def compressed(name, layer):
-        made = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
+        made = semi_structured.SemiStructuredLinear(layer.in_features, layer.out_features, False, device="meta")
         made.bias = layer.bias
         made.weight = nn.Parameter(Emulated.from_dense(layer.pruned().detach()), requires_grad=False)
         return made.requires_grad_(False).train(layer.training)

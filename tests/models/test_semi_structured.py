@@ -34,6 +34,14 @@ def test_what_is_compressed_computes_the_same():
 
 
 @needs_gpu
+def test_the_layout_of_the_input_does_not_matter():
+    made, x = model(128, 256).cuda().half(), torch.randn(5, 128, 9, device="cuda").half().mT
+    wanted = made(x)
+    compress(made)
+    torch.testing.assert_close(made(x), wanted, atol=2e-2, rtol=2e-2)
+
+
+@needs_gpu
 @pytest.mark.parametrize(
     ("sizes", "dtype", "message"),
     [

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from stl import SettingError, get_basis, stl_linear, stl_matmul
 from stl.functional import encode_weight, from_tiles, to_tiles
@@ -174,6 +174,23 @@ def test_compiles_without_graph_breaks_and_again_for_other_sizes(row_axis):
         y, wanted = compiled(x, weight, *rest, row_axis=row_axis), stl_linear(x, weight, *rest, row_axis=row_axis)
         torch.testing.assert_close(y, wanted)
         torch.testing.assert_close(*(torch.autograd.grad(z.square().sum(), (x, weight)) for z in (y, wanted)))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("row_axis", "multiple"), [("tokens", 1), ("batch", 2)])
+def test_exports_with_a_dynamic_batch(row_axis, multiple, strict):
+    weight, *rest = operands(7, 6, 2, 7)
+
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return stl_linear(x, weight, *rest, row_axis=row_axis)
+
+    batch = torch.export.Dim("batch", max=64)
+    exported = torch.export.export(
+        Module(), (gaussian(6, 5, 7),), dynamic_shapes=({0: multiple * batch},), strict=strict
+    )
+    x = gaussian(14, 5, 7)
+    assert torch.equal(exported.module()(x), Module()(x))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
