@@ -140,31 +140,34 @@ class Bench:
         """2:4, compressed and held against the masked block; what the kernels refuse, as refused."""
         reference = self.build(nn.Linear)
         prune(reference)
-        compressed = copy.deepcopy(reference)
-        try:
-            compress_for(compressed, self.dtype, self.run(compressed))
-        except REFUSALS as error:
-            yield replace(next(self.of(SPARSE, reference, reference, {})), refused=reason(error))
-            return
-        yield from map(tried, self.of(SPARSE, compressed, reference, {}))
+        for compiled in (False, True)[: 2 if self.device == "cuda" else 1]:
+            compressed = copy.deepcopy(reference)
+            try:
+                compress_for(compressed, self.dtype, self.run(compressed), compiled)
+                yield tried(self.method(SPARSE, compressed, reference, {}, compiled))
+            except REFUSALS as error:
+                yield replace(self.method(SPARSE, reference, reference, {}, compiled), refused=reason(error))
 
     def build(self, linear: Linear) -> nn.Module:
         torch.manual_seed(0)
         return self.block.build(linear).to(self.device, self.dtype)
 
     def of(self, name: str, module: nn.Module, reference: nn.Module, facts: dict[str, Any]) -> Iterator[Method]:
-        """This module as it is and compiled, held against the reference."""
+        """This module as it is and, on a GPU, compiled, held against the reference."""
+        if "rank" in facts:
+            facts = facts | {"encoded_bytes": self.encoded_bytes(reference)}
+        for compiled in (False, True)[: 2 if self.device == "cuda" else 1]:
+            yield self.method(name, module, reference, facts, compiled)
 
+    def method(
+        self, name: str, module: nn.Module, reference: nn.Module, facts: dict[str, Any], compiled: bool
+    ) -> Method:
         def wanted() -> tuple[Tensor, ...]:
             return self.run(copy.deepcopy(reference).to(self.wide))()
 
-        least = self.work(reference)
-        if "rank" in facts:
-            facts = facts | {"encoded_bytes": self.encoded_bytes(reference)}
-        yield Method(name, self.run(module), wanted, *least, facts)
-        if self.device == "cuda":
-            compiled = torch.compile(module, dynamic=False)  # not a copy: compressed weights have none
-            yield Method(f"{name}, compiled", self.run(module, compiled), wanted, *least, facts)
+        function = torch.compile(module, dynamic=False) if compiled else None  # no copy: compressed weights have none
+        name = f"{name}, compiled" if compiled else name
+        return Method(name, self.run(module, function), wanted, *self.work(reference), facts)
 
     def run(self, module: nn.Module, function: Callable[..., Tensor] | None = None) -> Callable[[], tuple[Tensor, ...]]:
         """The pass through this module, in its dtype, or through `function`, which computes the module.

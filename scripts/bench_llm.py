@@ -63,21 +63,24 @@ def build(config: Any, linear: Callable[..., nn.Module], device: str, dtype: tor
 
 
 def variants(
-    arguments: argparse.Namespace, config: Any, dtype: torch.dtype, run: Callable[[Any], object]
-) -> Iterator[tuple[str, Any, Any, dict]]:
-    """Name, the model that is timed, the one that it is held against, and what rows say of it. `run` is a pass, for
-    which 2:4 searches its algorithms."""
+    arguments: argparse.Namespace, config: Any, dtype: torch.dtype, run: Callable[[Any], object], ways: tuple[bool, ...]
+) -> Iterator[tuple[str, bool, Any, Any, dict]]:
+    """Name, whether it is to be compiled (each of `ways`), the model that is timed, the one that it is held against,
+    and what rows say of it. `run` is a pass, for which 2:4 searches its algorithms."""
     make = partial(build, config, device=arguments.device, dtype=dtype)
     dense = make(nn.Linear)
-    yield "dense", dense, dense, {}
+    for compiled in ways:
+        yield "dense", compiled, dense, dense, {}
     if arguments.device == "cuda" and dtype in DTYPES:
         pruned = make(Sparse24Linear)
-        sparse = copy.deepcopy(pruned)
-        try:
-            compress_for(sparse, dtype, partial(run, sparse))
-            yield SPARSE, sparse, pruned, {}
-        except REFUSALS as error:
-            yield SPARSE, sparse, pruned, {"refused": reason(error)}
+        for compiled in ways:
+            sparse = copy.deepcopy(pruned)
+            facts: dict[str, Any] = {}
+            try:
+                compress_for(sparse, dtype, partial(run, sparse), compiled)
+            except REFUSALS as error:
+                facts["refused"] = reason(error)
+            yield SPARSE, compiled, sparse, pruned, facts
     for way in arguments.ways:
         for rank in arguments.ranks:
             reference = make(partial(STLLinear, tile=4, rank=rank, **WAYS[way]))
@@ -88,8 +91,11 @@ def variants(
                     if fused:
                         fuse_mlps(timed)
                     set_backend(timed, backend)
+                    timed.load_state_dict(reference.state_dict(), assign=True)  # one copy in memory is enough
                     name = f"stl r={rank} over {way}, {backend}{', fused' * fused}"
-                    yield name, timed, reference, {"rank": rank, "way": way, "backend": backend, "fused": fused}
+                    facts = {"rank": rank, "way": way, "backend": backend, "fused": fused}
+                    for compiled in ways:
+                        yield name, compiled, timed, reference, facts
 
 
 def prefill(model: Any, ids: Tensor) -> tuple[Tensor, ...]:
@@ -109,12 +115,15 @@ def decode(model: Any, ids: Tensor) -> tuple[Tensor, ...]:
 
 
 def methods(arguments: argparse.Namespace, config: Any, phase: str, dtype: torch.dtype) -> Iterator[Method]:
+    """Each way as it is; on a GPU in prefill also compiled."""
     run = {"prefill": prefill, "decode": decode}[phase]
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     length = arguments.length if phase == "prefill" else arguments.steps
     ids = torch.arange(arguments.batch * length, device=arguments.device).view(arguments.batch, length) % 997
     at_once, times = (ids, 1) if phase == "prefill" else (ids[:, :1], length)
-    for name, timed, reference, facts in variants(arguments, config, dtype, lambda model: run(model, at_once)):
+    ways = (False, True)[: 2 if phase == "prefill" and arguments.device == "cuda" else 1]
+    cases = variants(arguments, config, dtype, lambda model: run(model, at_once), ways)
+    for name, compiled, timed, reference, facts in cases:
 
         def wanted(reference: Any = reference) -> tuple[Tensor, ...]:
             return run(copy.deepcopy(reference).to(wide), ids)
@@ -123,13 +132,10 @@ def methods(arguments: argparse.Namespace, config: Any, phase: str, dtype: torch
         numbers = times * weights(reference)
         facts = {"tokens": ids.numel(), **facts}
         refused = facts.pop("refused", None)
-        graph = phase == "prefill"
-        ways = {name: timed}
-        if graph and arguments.device == "cuda" and refused is None:
-            ways[f"{name}, compiled"] = torch.compile(timed, dynamic=False)
-        for way, model in ways.items():
-            method = Method(way, partial(run, model, ids), wanted, macs, numbers, facts, graph, refused)
-            yield tried(method) if name == SPARSE and refused is None else method
+        if compiled:
+            name, timed = f"{name}, compiled", torch.compile(timed, dynamic=False)
+        method = Method(name, partial(run, timed, ids), wanted, macs, numbers, facts, phase == "prefill", refused)
+        yield tried(method) if (compiled or name == SPARSE) and refused is None else method
 
 
 def main() -> None:

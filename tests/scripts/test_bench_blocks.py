@@ -147,8 +147,8 @@ def test_sparse_kernels_that_are_wrong_have_no_time(what, kernels, monkeypatch):
     emulate(monkeypatch)
     right = bench_blocks.compress_for
 
-    def wrong(model, dtype, run):
-        right(model, dtype, run)
+    def wrong(model, *how):
+        right(model, *how)
         last = model[0].fc2
         (last.weight.packed if what == "weight" else last.bias).mul_(1.1)
 
@@ -168,7 +168,7 @@ def test_what_the_sparse_kernels_refuse_says_why_and_the_others_go_on(kernels):
 
 
 def test_what_fails_in_the_sparse_kernels_is_refused(kernels, monkeypatch):
-    def fails(model, dtype, run):
+    def fails(*how):
         raise NotImplementedError("only supports a specific set\nof operations\n" + "at " * 1000)
 
     monkeypatch.setattr(bench_blocks, "compress_for", fails)
