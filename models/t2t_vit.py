@@ -83,14 +83,11 @@ class T2TViT(nn.Module):
         token_order: in which order patch tokens pass the backbone, which STL layers with inexact bases see: "raster"
             makes a tile of four tokens a piece of a row, "block" a 2×2 square, and "random", one shuffle for all
             images, leaves no neighbours together. Class tokens go last, so that the patches' tiles stay aligned.
-        token_roll: in training patch tokens begin at one of the first so many, drawn anew for each batch, and those
-            before it come last: with 4, tiles of four tokens begin anywhere. 1 always begins with the first.
         class_tokens: how many; their mean is what the head sees. In STL layers one shares its tile with zeros, and four
             fill a tile of 4. With 0 the head sees the mean of the patches.
         t2t_drop_rate: dropout inside the T2T module; None is the official 0.1 for "performer", 0 for "transformer".
 
-    Raises SettingError for an unknown group or order, a roll below 1, a negative number of class tokens, or an image
-    size out of range.
+    Raises SettingError for an unknown group or order, a negative number of class tokens, or an image size out of range.
     """
 
     _order: Tensor | None
@@ -112,7 +109,6 @@ class T2TViT(nn.Module):
         linear_groups: Sequence[str] = LINEAR_GROUPS,
         strides: Sequence[int] | None = None,
         token_order: str = "raster",
-        token_roll: int = 1,
         class_tokens: int = 1,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -120,7 +116,7 @@ class T2TViT(nn.Module):
         t2t_drop_rate: float | None = None,
     ) -> None:
         super().__init__()
-        _check(img_size, tokens, linear_groups, strides, token_order, token_roll, class_tokens)
+        _check(img_size, tokens, linear_groups, strides, token_order, class_tokens)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         image: Size = (height, width)
         makers = {group: linear if group in linear_groups else nn.Linear for group in LINEAR_GROUPS}
@@ -128,7 +124,6 @@ class T2TViT(nn.Module):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.class_tokens = class_tokens
-        self.token_roll = token_roll
         self.grad_checkpointing = False
         self._head = makers["head"]
 
@@ -193,20 +188,12 @@ class T2TViT(nn.Module):
         x = self.tokens_to_token(x) + self.pos_embed[:, 1:]
         if self._order is not None:
             x = x[:, self._order]
-        rolled = None
-        if self.training and self.token_roll > 1:
-            places = torch.arange(x.shape[1], device=x.device)
-            first = torch.randint(self.token_roll, (), device=x.device)
-            rolled = (places - first) % x.shape[1]  # where the token of each place goes
-            x = x[:, (places + first) % x.shape[1]]
         class_tokens = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = self.pos_drop(torch.cat([x, class_tokens], 1))
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
         x = self.norm(x)
         patches, class_tokens = x.tensor_split([x.shape[1] - self.class_tokens], 1)
-        if rolled is not None:
-            patches = patches[:, rolled]
         return torch.cat([class_tokens, patches if self._raster is None else patches[:, self._raster]], 1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -264,7 +251,6 @@ def _check(
     groups: Sequence[str],
     strides: Sequence[int] | None,
     order: str,
-    roll: int,
     class_tokens: int,
 ) -> None:
     sides = [img_size] if isinstance(img_size, int) else list(img_size)
@@ -276,8 +262,6 @@ def _check(
         raise SettingError(f"strides={list(strides)} must be three positive numbers, one a soft split, or null")
     if order not in TOKEN_ORDERS:
         raise SettingError(f"token_order={order!r} is unknown; choose one of {', '.join(TOKEN_ORDERS)}")
-    if roll < 1:
-        raise SettingError(f"token_roll={roll} must be 1, for none, or more")
     if class_tokens < 0:
         raise SettingError(f"class_tokens={class_tokens} must be 0, for the mean of the patches, or more")
     if unknown := [group for group in groups if group not in LINEAR_GROUPS]:

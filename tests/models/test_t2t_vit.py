@@ -203,25 +203,6 @@ def test_token_order_block_makes_squares_and_features_come_back_in_raster_order(
     torch.testing.assert_close(block.forward_features(image), raster.forward_features(image), atol=1e-5, rtol=1e-5)
 
 
-def test_rolled_tokens_begin_anywhere_in_training_and_come_back_in_raster_order():
-    plain, rolled = create(num_classes=10).train(), create(num_classes=10, token_roll=4).train()
-    rolled.load_state_dict(plain.state_dict())
-    plain.tokens_to_token.eval(), rolled.tokens_to_token.eval()  # dropout
-    image, seen = torch.randn(2, 3, 32, 32), []
-    rolled.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    for _ in range(20):
-        features = rolled.forward_features(image)
-        torch.testing.assert_close(features, plain.forward_features(image), atol=1e-5, rtol=1e-5)
-    tokens = rolled.tokens_to_token(image) + rolled.pos_embed[:, 1:]
-    firsts = {int((x[:, :1] - tokens).abs().amax((0, 2)).argmin()) for x in seen}
-    assert firsts == {0, 1, 2, 3}
-    for x in seen:
-        torch.testing.assert_close(x[:, 64:], seen[0][:, 64:])  # class tokens stay last
-    seen.clear()
-    rolled.eval()(image)
-    torch.testing.assert_close(seen[0][:, :64], tokens)
-
-
 @pytest.mark.parametrize("groups", [(), ("backbone",), ("t2t",), ("head",), ("backbone", "t2t", "head")])
 def test_each_group_of_layers_is_switchable(groups):
     model = create(linear=STL[4], linear_groups=groups)
@@ -267,7 +248,6 @@ def test_the_classifier_is_reset_to_any_number_of_classes():
         ({"img_size": 16}, r"img_size=16 must be one side, or height and width, from 32 to 384"),
         ({"linear_groups": ["mlp"]}, "linear_groups has 'mlp'; choose from backbone, t2t, head"),
         ({"token_order": "spiral"}, "token_order='spiral' is unknown; choose one of raster, block"),
-        ({"token_roll": 0}, "token_roll=0 must be 1, for none, or more"),
         ({"class_tokens": -1}, "class_tokens=-1 must be 0, for the mean of the patches, or more"),
         ({"strides": [4, 2]}, r"strides=\[4, 2\] must be three positive numbers, one a soft split, or null"),
         ({"tokens": "conv"}, "tokens='conv' is unknown; choose one of performer, transformer"),

@@ -166,23 +166,6 @@ def test_shuffle_reaches_a_product_with_every_channel_and_serves_all_entries_eve
         assert singular.max() <= -(-rank // tile**2) + 1e-9
 
 
-@pytest.mark.parametrize(("tile", "rank"), [(2, 4), (2, 7), (3, 9), (3, 18), (4, 16), (4, 24), (4, 32), (8, 64)])
-def test_octave_gives_smoother_functions_of_tokens_more_channels(tile, rank):
-    basis = get_basis("octave", tile, rank)
-    assert basis.error == pytest.approx(1 - rank / tile**3, abs=1e-12)
-    assert basis.amplification == pytest.approx(rank / tile**3)
-    of_tokens = basis.encode_x.view(rank, tile, tile).sum(2).sign()
-    changes = (of_tokens[:, 1:] != of_tokens[:, :-1]).sum(1)
-    counts = changes.bincount(minlength=tile)
-    assert counts[0] == rank - rank // 2
-    assert counts.diff().max() <= 1
-    for channels in (changes == number for number in range(tile)):
-        decode = (
-            basis.decode[channels].view(-1, tile, tile)[:, :, 0].sign()
-        )  # of features every function begins above 0
-        assert ((decode[:, 1:] != decode[:, :-1]).sum(1) == changes[channels]).all()
-
-
 @pytest.mark.parametrize("rank", [16, 20, 24, 40])
 def test_shuffle_and_a_dense_weight_leave_tokens_apart(rank):
     basis = get_basis("shuffle", 4, rank)
