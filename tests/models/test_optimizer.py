@@ -102,13 +102,12 @@ def test_the_groups_of_t2t_vit_7_stl():
             found.setdefault(pattern, set()).add((group["weight_decay"], group["lr"] / cfg.optimizer.lr))
     t2t = [f"tokens_to_token.attention{i}" for i in (1, 2)]
     linears = [f"{stage}.{name}" for stage in t2t for name in ("kqv", "proj", "mlp.0", "mlp.2")]
-    linears += ["tokens_to_token.project", "head"]
+    linears += ["tokens_to_token.project"]
     linears += [f"blocks.*.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
     norms = [f"{stage}.{name}" for stage in t2t for name in ("norm1", "norm2")]
     norms += ["blocks.*.norm1", "blocks.*.norm2", "norm"]
-    without_bias = "blocks.*.attn.qkv"
-    decayed = {f"{name}.weight": {(0.03, 1.0)} for name in linears}
-    undecayed = {f"{name}.{part}": {(0.0, 1.0)} for name in linears for part in ("encoder", "decoder", "bias")}
+    decayed = {f"{name}.weight": {(0.5, 4.0)} for name in linears} | {"head.weight": {(0.03, 1.0)}}
+    undecayed = {f"{name}.{part}": {(0.0, 10.0)} for name in linears for part in ("encoder", "decoder")}
+    undecayed |= {f"{name}.bias": {(0.0, 1.0)} for name in (*linears, "head") if name != "blocks.*.attn.qkv"}
     undecayed |= {f"{name}.{part}": {(0.0, 1.0)} for name in norms for part in ("weight", "bias")}
-    del undecayed[f"{without_bias}.bias"]
-    assert found == decayed | undecayed | {"cls_token": {(0.0, 1.0)}}
+    assert found == decayed | undecayed | {"cls_token": {(0.0, 1.0)}}  # of no tokens
