@@ -39,10 +39,23 @@ def is_changed(module: nn.Module) -> bool:
     return "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS)
 
 
+class _Proxy(fx.Proxy):
+    """`x += y` writes into the tensor that x and other names stand for; torch.fx would make x another one."""
+
+    def __iadd__(self, other: Any) -> Any:
+        raise TypeError("a graph does not say what an augmented assignment writes into")
+
+    __isub__ = __imul__ = __imatmul__ = __itruediv__ = __ifloordiv__ = __imod__ = __ipow__ = __iadd__
+    __iand__ = __ior__ = __ixor__ = __ilshift__ = __irshift__ = __iadd__
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, leaves: set[nn.Module]) -> None:
         super().__init__()
         self.leaves, self.contexts = leaves, _contexts()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.Dropout | nn.Identity):

@@ -186,6 +186,13 @@ class InPlace(Branch):
         return x + self.layer(y) * 2
 
 
+class Augmented(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        x += self.layer(self.norm(x))
+        return x + y
+
+
 class Scaled(Branch):
     """Another argument, which the traced graph does not have."""
 
@@ -193,7 +200,7 @@ class Scaled(Branch):
         return scale * x + self.layer(self.norm(x))
 
 
-@pytest.mark.parametrize("kind", [NoResidual, NoAutocast, NoGradient, Made, Depends, TwoInputs, InPlace])
+@pytest.mark.parametrize("kind", [NoResidual, NoAutocast, NoGradient, Made, Depends, TwoInputs, InPlace, Augmented])
 def test_whatever_else_is_left_alone(kind):
     model = nn.Sequential(kind())
     assert fuse_blocks(model) == []

@@ -71,6 +71,11 @@ def test_any_size_and_rank(lead, n, k, m, rank, bias, row_axis):
     assert_agree(arguments, torch.float32, 2e-6, row_axis=row_axis, out_features=m)
 
 
+@pytest.mark.parametrize("rank", [*range(7, 50), 64])
+def test_every_rank(rank):
+    assert_agree(operands((4, 5), 3, "random", 4, rank), torch.float32, 2e-6)
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (147, 12, 3), (197, 36, 8), (8, 1000, 4), (4, 3, 1000)])
 def test_odd_sizes(sizes):
     n, k, m = sizes
