@@ -19,6 +19,7 @@ from models.checkpoint import load_checkpoint
 from models.configured import restore
 from models.quiet import quiet
 from stl import SettingError, count_flops
+from stl.flops import whole_samples
 from train import describe, one_line_errors
 
 
@@ -54,7 +55,8 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     if cfg.batch_size:
         trained.data.eval_batch_size = cfg.batch_size
     task, data, averaged = restore(checkpoint, path, trained, cfg.averaged)
-    flops = count_flops(task.model, (data.counted, *data.input_shape), data.input_dtype).to_dict()
+    samples = whole_samples(task.model)
+    flops = count_flops(task.model, (samples, *data.input_shape), data.input_dtype).to_dict()
     trainer = pl.Trainer(
         accelerator=cfg.accelerator, devices=1, precision=cfg.precision, logger=False, enable_model_summary=False
     )

@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from data.datamodule import BatchDataModule
 from models.callbacks import RunSummary
-from models.checkpoint import load_weights
+from models.checkpoint import KEPT, check_vocabulary, load_weights
 from models.checkpointing import AtomicCheckpointIO
 from models.configured import build
 from models.loggers import LoggerState, instantiate_loggers
@@ -26,6 +26,7 @@ from models.quiet import quiet
 from models.random_state import RandomState
 from models.resume import starting_point
 from stl import SettingError, count_flops
+from stl.flops import whole_samples
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def describe_linear(linear: DictConfig) -> dict[str, Any]:
 
 
 def train(cfg: DictConfig, folder: Path) -> None:
-    """One run into its folder: config.yaml, flops.json, metrics.csv, checkpoints/ and summary.json.
+    """One run into its folder: config.yaml, flops.json, metrics.csv, checkpoints/ and summary.json; and a tokenizer/
+    that it learned.
 
     A run that the folder holds already goes on from its last checkpoint (ckpt_path=last).
     Raises SettingError before anything is written where a setting is wrong.
@@ -72,8 +74,9 @@ def train(cfg: DictConfig, folder: Path) -> None:
         torch.set_num_threads(cfg.num_threads)
     task, data = build(cfg, fresh=start is None)
     if start:
+        check_vocabulary(*start, data.vocabulary)
         load_weights(task, *start, task.config)
-    flops = count_flops(task.model, (data.counted, *data.input_shape), data.input_dtype)
+    flops = count_flops(task.model, (whole_samples(task.model), *data.input_shape), data.input_dtype)
     summary = RunSummary(folder, describe(cfg, data), flops)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     trainer = instantiate(
@@ -94,6 +97,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        data.keep(folder / KEPT)
         factors = ", ".join(f"{name} {value:.2f}" for name, value in flops.flop_factor.items())
         log.info("run folder %s", folder)
         log.info(

@@ -1,6 +1,7 @@
 """What every source has in common: the batches of a step, loaders, and the place in an epoch; and what images add."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -46,7 +47,7 @@ class BatchDataModule(pl.LightningDataModule):
     unit = "samples"  # what messages call them
     input_shape: tuple[int, ...]  # of a sample as the model takes it
     input_dtype = torch.float32
-    counted = 1  # samples whose MACs are counted together
+    vocabulary: str | None = None  # of token ids; see `data.tokenizer.Tokenizer`
 
     loader_class: type[DataLoader] = DataLoader
     collate = staticmethod(default_collate)
@@ -92,6 +93,9 @@ class BatchDataModule(pl.LightningDataModule):
     def seeded_train_data(self) -> Dataset:
         """The training split, asked for by (index, seed)."""
         return SeededItems(self.train_data)
+
+    def keep(self, folder: Path) -> None:
+        """Put there what is needed beside a checkpoint; nothing, and no folder, unless a subclass has something."""
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_data is None and stage in (None, "fit"):

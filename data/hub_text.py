@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from data.datamodule import require
@@ -57,6 +58,9 @@ class HubDocuments:
             "revision": revision,
             "key": key,
         }
+        if (folder := Path(dataset)).is_dir():  # what is in it may change as well
+            files = {str(file.relative_to(folder)): file.stat() for file in sorted(folder.rglob("*")) if file.is_file()}
+            self.identity["files"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
 
     def __iter__(self) -> Iterator[str]:
         place: Any = None  # a state of the stream, and how many documents were done then

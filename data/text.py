@@ -12,7 +12,7 @@ from torch import Tensor
 from data.datamodule import BatchDataModule, at_least, require
 from data.documents import Documents, fingerprint, is_held_out
 from data.packing import Blocks, TrainingBlocks, open_side, pack
-from data.tokenizer import BPETokenizer, ByteTokenizer, HubTokenizer, Tokenizer, learn_bpe
+from data.tokenizer import BPETokenizer, ByteTokenizer, HubTokenizer, Tokenizer, is_learned, learn_bpe
 from stl.errors import SettingError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
@@ -66,7 +66,6 @@ class TextDataModule(BatchDataModule):
 
     unit = "sequences"
     input_dtype = torch.int64
-    counted = 8  # whole tiles, where these hold several sequences
     collate = staticmethod(whole)
 
     def __init__(
@@ -100,7 +99,7 @@ class TextDataModule(BatchDataModule):
         root = Path(os.path.abspath(os.path.expanduser(packed)))
         held_out = val_share if val is None else 0.0
         self.tokenizer = _tokenizer(tokenizer, bpe_vocab_size, limits[0], train, held_out, root)
-        self.vocab_size = self.tokenizer.vocab_size
+        self.vocab_size, self.vocabulary = self.tokenizer.vocab_size, self.tokenizer.vocabulary
         folder, self.counts = pack(
             train,
             val,
@@ -122,7 +121,16 @@ class TextDataModule(BatchDataModule):
 
     @property
     def for_model(self) -> dict[str, Any]:
-        return {"tokens": self.vocab_size, "length": self.length, "sample": self.sample}
+        own = {"tokens": self.vocab_size, "vocabulary": self.vocabulary}
+        return {**own, "length": self.length, "sample": self.sample}
+
+    def keep(self, folder: Path) -> None:
+        """The files of a learned tokenizer, which from other text would be another."""
+        if isinstance(self.tokenizer, BPETokenizer):
+            self.tokenizer.save(folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "vocabulary": self.vocabulary}
 
     def sample(self, sequences: int) -> Tensor:
         """Token ids (sequences, length) from places all over the training text, always the same; at most all blocks."""
@@ -153,7 +161,8 @@ def _tokenizer(
     if name == "bytes":
         return ByteTokenizer()
     if name != "bpe":
-        return HubTokenizer(name)
+        folder = Path(os.path.expanduser(name))
+        return BPETokenizer(folder) if is_learned(folder) else HubTokenizer(name)
     recipe = {"train": train.identity, "held_out": held_out}
     return BPETokenizer(learn_bpe(_without(train, held_out), vocab_size, characters, recipe, root))
 

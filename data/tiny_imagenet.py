@@ -83,7 +83,7 @@ def list_images(root: Path) -> tuple[dict[str, Sequence[Sample]], int]:
     except OSError as error:
         raise SettingError(f"data.root={str(root)!r}: {error}; unpack {URL} again") from error
     val_samples = []
-    for line in annotations.read_text().splitlines():
+    for line in filter(str.strip, annotations.read_text().splitlines()):
         file, name, *_ = line.split("\t")
         path = annotations.parent / "images" / file
         if name not in folder.class_to_idx or not path.is_file():

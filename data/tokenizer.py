@@ -20,10 +20,13 @@ log = logging.getLogger(__name__)
 
 END = "<|endoftext|>"  # of a BPE that is learned here
 FILES = ("tokenizer.json", "tokenizer_config.json")  # of it
+CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}  # in the second file
 
 
 class Tokenizer(Protocol):
     vocab_size: int  # ids are below it
+    vocabulary: str  # in a few words, the same where every id stands for the same text
+    begin: int  # the id that generating begins with, where nothing is given to go on from
     end: int  # the id that stands behind every document
     identity: dict[str, Any]  # in JSON's types; another one where a text may get other ids
 
@@ -39,7 +42,8 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """UTF-8: 256 bytes and the end of a text."""
 
-    vocab_size, end = 257, 256
+    vocab_size, begin, end = 257, 256, 256
+    vocabulary = "bytes"
 
     def __init__(self) -> None:
         self.identity: dict[str, Any] = {"kind": "bytes"}
@@ -74,6 +78,8 @@ class HubTokenizer:
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         self.end = self._tokenizer.eos_token_id
+        self.begin = self.end if self._tokenizer.bos_token_id is None else self._tokenizer.bos_token_id
+        self.vocabulary = _vocabulary(vocabulary, self.end)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         content = backend.to_str() if backend else json.dumps(sorted(vocabulary.items()))
         self.identity = {"kind": "transformers", "sha256": hashlib.sha256(content.encode()).hexdigest()}
@@ -91,7 +97,7 @@ class HubTokenizer:
 
 
 class BPETokenizer:
-    """A byte-level BPE that `learn_bpe` left in a folder. Raises SettingError where the file is damaged."""
+    """A byte-level BPE that `learn_bpe` or `save` left in a folder. Raises SettingError where the file is damaged."""
 
     def __init__(self, folder: Path) -> None:
         tokenizers = optional("tokenizers", "data.tokenizer='bpe'")
@@ -102,7 +108,8 @@ class BPETokenizer:
             raise damaged(file, " ".join(str(error).split())) from None
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = self._tokenizer.get_vocab_size()
-        self.end = self._tokenizer.token_to_id(END)
+        self.begin = self.end = self._tokenizer.token_to_id(END)
+        self.vocabulary = _vocabulary(self._tokenizer.get_vocab(), self.end)
         self.identity = {"kind": "bpe", "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
     def encode(self, texts: list[str]) -> list[Any]:
@@ -113,8 +120,22 @@ class BPETokenizer:
 
     def save(self, folder: Path) -> None:
         """Its files, as `transformers.AutoTokenizer` reads them."""
+        folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             shutil.copyfile(self._folder / name, folder / name)
+
+
+def is_learned(folder: Path) -> bool:
+    """Whether the folder is one for `BPETokenizer`."""
+    try:
+        return json.loads((folder / FILES[1]).read_text()) == CONFIG
+    except (OSError, ValueError):
+        return False
+
+
+def _vocabulary(ids: dict[str, int], end: int) -> str:
+    content = json.dumps([end, sorted(ids.items())])
+    return f"{len(ids)} tokens, sha256 {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 def learn_bpe(documents: Iterable[str], vocab_size: int, characters: int | None, recipe: Recipe, root: Path) -> Path:
@@ -138,8 +159,7 @@ def learn_bpe(documents: Iterable[str], vocab_size: int, characters: int | None,
         if (size := tokenizer.get_vocab_size()) < vocab_size:
             log.warning("data.bpe_vocab_size=%d: the text gives no more than %d tokens", vocab_size, size)
         tokenizer.save(str(folder / FILES[0]))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
-        (folder / FILES[1]).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / FILES[1]).write_text(json.dumps(CONFIG, indent=2) + "\n")
         return {"tokens": size}
 
     return made_once(root, "tokenizer", {"vocab_size": vocab_size, "characters": characters, **recipe}, make)[0]

@@ -14,6 +14,8 @@ from stl import SettingError
 
 log = logging.getLogger(__name__)
 
+KEPT = "tokenizer"  # the folder in that of a run where the data module keeps what it learned
+
 
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints in a folder, by the steps in their names; without `last.ckpt`, which is one of them."""
@@ -55,6 +57,25 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Any], Path]:
     raise SettingError(f"checkpoint {str(path)!r} is damaged and no readable one is beside it; train again")
 
 
+def check_vocabulary(checkpoint: dict[str, Any], path: Path, ours: str | None) -> None:
+    """Raises SettingError, with both sides, where token ids mean other text than to the checkpoint.
+
+    Args:
+        ours: the `vocabulary` of a data module, None for images. Earlier checkpoints have none either, and pass.
+    """
+    source = checkpoint["config"]["data"].get("_target_", "").rpartition(".")[2]
+    theirs = checkpoint.get(source, {}).get("vocabulary")
+    if None not in (theirs, ours) and theirs != ours:
+        raise SettingError(
+            f"checkpoint {str(path)!r} has another vocabulary ({theirs}) than data.tokenizer ({ours}); set "
+            "data.tokenizer to that of its run, whose folder keeps a learned one in tokenizer/, or give the run's text"
+        )
+
+
+# What LLaMAs may differ in with weights of the same shapes; what is not said is the default of transformers.
+UNSHAPED: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
+UNSHAPED += ("rms_norm_eps", "rope_parameters", "tie_word_embeddings")
+
 # What a checkpoint must share with the run that goes on from it, beyond the shapes of its weights.
 _IDENTITY = {
     "model": ("name", "token_order", "strides", "linear_groups"),
@@ -74,6 +95,9 @@ def load_weights(task: nn.Module, checkpoint: dict[str, Any], path: Path, config
         for key in keys:
             if key in theirs and key in ours and theirs[key] != ours[key]:
                 differences.append(f"{group}.{key}={theirs[key]} in the checkpoint, {ours[key]} here")
+    for key in UNSHAPED:
+        if (theirs := saved["model"].get(key)) != (ours := config["model"].get(key)):
+            differences.append(f"model.{key}={theirs} in the checkpoint, {ours} here")
     if differences:
         raise SettingError(
             f"checkpoint {str(path)!r} is of another model: {'; '.join(differences)}; make the settings agree"

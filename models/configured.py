@@ -7,7 +7,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from models.checkpoint import load_weights
+from models.checkpoint import KEPT, check_vocabulary, load_weights
 from models.ema import averaged_weights
 from models.task import Task
 from stl import SettingError
@@ -52,12 +52,17 @@ def restore(
 ) -> tuple[Task, Any, bool]:
     """The task of a checkpoint, not compiled, with its weights; its data; whether the weights are the averaged ones.
 
-    `config` is the checkpoint's, perhaps with other data; `averaged` asks for the average where the run kept one.
+    `config` is the checkpoint's, perhaps with other data; `averaged` asks for the average where the run kept one. The
+    tokenizer "bpe" is the one that the run learned, as far as its folder keeps it, whatever the text is now.
     """
     config.compile = None  # latencies are those of the model as it stands
     if config.get("distillation"):
         config.distillation.teacher = None  # of training only
+    kept = path.resolve().parent.parent / KEPT
+    if config.data.get("tokenizer") == "bpe" and kept.is_dir():
+        config.data.tokenizer = str(kept)
     task, data = build(config, fresh=False)
+    check_vocabulary(checkpoint, path, data.vocabulary)
     load_weights(task, checkpoint, path, task.config)
     average = averaged_weights(checkpoint) if averaged else None
     if average is not None:

@@ -6,10 +6,12 @@ from typing import Any
 from models.checkpoint import load_checkpoint, newest_first
 from stl import SettingError
 
-# What makes a run the run it is; of the data's settings all but those that only say where and how they are read.
+# Of the data's settings those that only say where and how it is read.
+_WHERE = {"root", "val_root", "packed", "cache", "download"}
+READING = _WHERE | {"num_workers", "pin_memory", "device_batch_size", "eval_batch_size", "max_unreadable"}
+# What makes a run the run it is: all of these groups but READING, and of others what changes its numbers.
 _GROUPS = ("data", "model", "linear", "optimizer", "scheduler", "augment", "distillation")
-_WHERE = {"root", "val_root", "packed"}
-_READING = _WHERE | {"num_workers", "pin_memory", "device_batch_size", "eval_batch_size", "max_unreadable"}
+_OF_OTHERS = {"trainer": ("precision", "gradient_clip_val"), "callbacks": ("ema",)}
 
 
 def starting_point(folder: Path, ckpt_path: str | None, config: dict[str, Any]) -> tuple[dict[str, Any], Path] | None:
@@ -61,6 +63,11 @@ def _differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     for group in _GROUPS:
         theirs, own = saved.get(group) or {}, ours.get(group) or {}
         for key in dict.fromkeys([*theirs, *own]):
-            if not (group == "data" and key in _READING) and theirs.get(key) != own.get(key):
+            if not (group == "data" and key in READING) and theirs.get(key) != own.get(key):
                 changed.append(f"{group}.{key} was {theirs.get(key)}, is {own.get(key)}")
+    for group, keys in _OF_OTHERS.items():
+        theirs, own = saved.get(group) or {}, ours.get(group) or {}
+        changed += [
+            f"{group}.{key} was {theirs.get(key)}, is {own.get(key)}" for key in keys if theirs.get(key) != own.get(key)
+        ]
     return changed

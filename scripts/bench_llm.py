@@ -1,7 +1,7 @@
 """How fast whole language models are, dense, 2:4 sparse and with STL, in prefill and in decoding.
 
     python scripts/bench_llm.py --out results/llm_h200.json          # TinyLlama-1.1B's shapes, 16,384 tokens
-    python scripts/bench_llm.py --models llama_small --ranks 16 24 --ways tokens --backends triton
+    python scripts/bench_llm.py --models llama_small --ranks 16 24 32 40 --out results/llm/speed.json  # for the table
 
 Prefill computes the logits of --batch sequences of --length tokens at once, with a cache, as a CUDA graph, on a GPU
 also compiled. Decoding feeds as many sequences --steps tokens, one after the other, from an empty cache, by the CPU's
@@ -70,12 +70,12 @@ def variants(
     make = partial(build, config, device=arguments.device, dtype=dtype)
     dense = make(nn.Linear)
     for compiled in ways:
-        yield "dense", compiled, dense, dense, {}
+        yield "dense", compiled, dense, dense, {"linear": "dense"}
     if arguments.device == "cuda" and dtype in DTYPES:
         pruned = make(Sparse24Linear)
         for compiled in ways:
             sparse = copy.deepcopy(pruned)
-            facts: dict[str, Any] = {}
+            facts: dict[str, Any] = {"linear": "sparse24"}
             try:
                 compress_for(sparse, dtype, partial(run, sparse), compiled)
             except REFUSALS as error:
@@ -93,7 +93,7 @@ def variants(
                     set_backend(timed, backend)
                     timed.load_state_dict(reference.state_dict(), assign=True)  # one copy in memory is enough
                     name = f"stl r={rank} over {way}, {backend}{', fused' * fused}"
-                    facts = {"rank": rank, "way": way, "backend": backend, "fused": fused}
+                    facts = {"linear": "stl", "rank": rank, "way": way, "backend": backend, "fused": fused}
                     for compiled in ways:
                         yield name, compiled, timed, reference, facts
 

@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from tables import short_commit
 
 
 def columns(metric: Metric) -> list[str]:
@@ -84,7 +85,7 @@ def heading(runs: list[dict[str, Any]]) -> str:
         f"{distinct(run['model'] for run in runs)} on {distinct(run['dataset'] for run in runs)}, "
         f"{distinct(run['epochs'] for run in runs)} epochs, seed {distinct(run['seed'] for run in runs)}, "
         f"{distinct(run['device'] for run in runs)}, {distinct(sorted(run['date'][:10] for run in runs))}, "
-        f"commit {distinct((run['git_commit'] or 'none')[:12] for run in runs)}; {versions}"
+        f"commit {distinct(short_commit(run['git_commit']) for run in runs)}; {versions}"
     )
 
 

@@ -2,23 +2,29 @@
 
     python scripts/export_llm.py outputs/llm/small_stl/… --out folder
 
-    import models.language.llama  # STL layers; AutoModelForCausalLM then knows them
+    import models.language.llama  # only where layers are STL; AutoModelForCausalLM then knows them
     AutoModelForCausalLM.from_pretrained("folder"), AutoTokenizer.from_pretrained("folder")
 
-2:4 layers become dense ones with the zeros in them.
+Layers of 2:4, low rank and Monarch become dense ones that multiply with the same. Text begins and ends with the tokens
+of data.tokenizer.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from benchmarking import run_main
 from omegaconf import OmegaConf
 from torch import nn
 
 from data.text import TextDataModule
+from data.tokenizer import Tokenizer
 from models.checkpoint import load_checkpoint
 from models.configured import restore
+from models.low_rank import LowRankLinear
+from models.monarch import MonarchLinear
+from models.rival import RivalLinear
 from models.sparse24 import Sparse24Linear
 from stl import SettingError
 
@@ -35,14 +41,39 @@ def trained(run: Path) -> tuple[Any, TextDataModule]:
     return task.model.eval(), data
 
 
+@torch.no_grad()
 def densify(model: nn.Module) -> None:
-    """A dense layer with its zeros in the place of every 2:4 layer, in place."""
+    """A dense layer of the same matrix in the place of every rival, in place.
+
+    Raises SettingError for a rival that is no matrix.
+    """
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, Sparse24Linear):
-            dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            dense.load_state_dict({"weight": layer.pruned(), **({} if layer.bias is None else {"bias": layer.bias})})
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, dense)
+        if not isinstance(layer, RivalLinear):
+            continue
+        if not isinstance(layer, Sparse24Linear | LowRankLinear | MonarchLinear):
+            raise SettingError(f"linear={layer.kind} is no layer that transformers knows; export a run of another kind")
+        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        if layer.bias is not None:
+            dense.bias.copy_(layer.bias)
+            layer.bias = None
+        dense.weight.copy_(layer(torch.eye(layer.in_features)).mT)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, dense)
+
+
+def exportable(model: Any, tokenizer: Tokenizer) -> Any:
+    """The model, as transformers' own where no layer is STL, which begins and ends text as the tokenizer does."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    densify(model)
+    if model.config.stl is None:
+        own = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "stl")}
+        plain = LlamaForCausalLM(LlamaConfig(**own))
+        plain.load_state_dict(model.state_dict())
+        model = plain.eval()
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id = tokenizer.begin, tokenizer.end
+    return model
 
 
 def main() -> None:
@@ -51,8 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     model, data = trained(arguments.run)
-    densify(model)
-    model.save_pretrained(arguments.out)
+    exportable(model, data.tokenizer).save_pretrained(arguments.out)
     save = getattr(data.tokenizer, "save", None)
     if save is not None:
         save(arguments.out)

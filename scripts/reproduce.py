@@ -12,6 +12,7 @@ row that was not run says so, and one whose loss did not stay finite as well.
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -26,12 +27,14 @@ from benchmarking import run_main
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from study import KEPT, Run, Section, chosen, read_study
+from study import BEGUN, KEPT, OF_THE_MACHINE, Run, Section, chosen, read_study
 from study_report import write_report
 
+from models.callbacks import write_json
 from stl import SettingError
 
 PROGRAM = Path(__file__).parents[1] / "train.py"
+HYDRAS = re.compile(r"Set the environment variable HYDRA_FULL_ERROR|\s+full_key: |\s+object_type=")  # behind an error
 
 
 def keep(run: Run, outputs: Path, results: Path) -> bool:
@@ -53,6 +56,8 @@ def state(run: Run, outputs: Path, results: Path) -> str:
         return f"done, {run.metric} {summary[run.metric]:.2f}"
     if diverged := run.diverged(results):
         return f"diverged in epoch {diverged['epoch']}"
+    if run.is_begun_otherwise(outputs):
+        return "not run, others in its folder"
     epochs = run.epochs(outputs)
     return f"stopped after {epochs} epochs" if epochs else "not run"
 
@@ -90,10 +95,25 @@ def listing(sections: Iterable[Section], outputs: Path, results: Path) -> None:
             console.print(f"python train.py {words}", soft_wrap=True, highlight=False, markup=False)
 
 
+def obstacle(run: Run, starts: dict[str, Run], outputs: Path) -> str | None:
+    """Why it cannot be started."""
+    if run.is_begun_otherwise(outputs):
+        return f"{outputs / run.folder} holds a run of other settings; remove it, or give --outputs another folder"
+    if run.start and not starts[run.start].summary(outputs):
+        return f"it begins with {run.start}, which has not ended in {outputs}"
+    return None
+
+
 def train_all(
-    runs: list[Run], machine: list[str], jobs: int, minutes: float | None, outputs: Path, results: Path
+    runs: list[Run],
+    starts: dict[str, Run],
+    machine: list[str],
+    jobs: int,
+    minutes: float | None,
+    outputs: Path,
+    results: Path,
 ) -> list[Run]:
-    """Train them, `jobs` side by side, each after the one that it begins with; returns those that failed.
+    """Train them, `jobs` side by side, each after the one of `starts` that it begins with; returns those that failed.
 
     Of several jobs each has one GPU, and all GPUs have as many. After `minutes` what is under way is stopped.
     """
@@ -107,6 +127,10 @@ def train_all(
             ready = [run for run in waiting if run.start not in before]
             for run in ready[: jobs - len(under_way)]:
                 waiting.remove(run)
+                if reason := obstacle(run, starts, outputs):
+                    failed.append(run)
+                    print(f"{run.folder} failed: {reason}", flush=True)
+                    continue
                 if gpus:
                     taken = [gpu_of[other] for other in under_way]
                     gpu_of[run] = min(gpus, key=taken.count)
@@ -144,6 +168,7 @@ def visible_gpus() -> list[str]:
 def _start(run: Run, machine: list[str], outputs: Path, gpu: str | None) -> subprocess.Popen[bytes]:
     folder = outputs / run.folder
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / BEGUN, run.overrides)
     environment = os.environ if gpu is None else os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     with (folder / "log.txt").open("ab") as log:
         words = [sys.executable, *command(run, outputs, machine)]
@@ -151,8 +176,9 @@ def _start(run: Run, machine: list[str], outputs: Path, gpu: str | None) -> subp
 
 
 def _last_line(folder: Path) -> str:
-    lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it wrote nothing"
+    lines = (folder / "log.txt").read_text(errors="replace").splitlines()
+    said = [line for line in lines if line.strip() and not HYDRAS.match(line)]
+    return said[-1] if said else "it wrote nothing"
 
 
 def main() -> None:
@@ -169,6 +195,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         raise SettingError(f"--jobs {arguments.jobs} must be a positive number")
+    for word in arguments.set:
+        if not OF_THE_MACHINE.match(word):
+            raise SettingError(f"--set {word} says what a run is, not where and how it runs; write it into the table")
     study = read_study(arguments.table)
     outputs, results = arguments.outputs.resolve() / study.name, arguments.results / study.name
     if arguments.list:
@@ -179,7 +208,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         runs = [run for section in chosen(study, arguments.only) for row in section.rows for run in row.runs]
         missing = [run for run in runs if not run.has_ended(results) and not keep(run, outputs, results)]
-        failed = train_all(missing, arguments.set, arguments.jobs, arguments.minutes, outputs, results)
+        starts = {run.folder: run for row in study.rows for run in row.runs}
+        failed = train_all(missing, starts, arguments.set, arguments.jobs, arguments.minutes, outputs, results)
     for path in write_report(study, results):
         print(f"written to {path}")
     if failed:

@@ -15,19 +15,22 @@ from typing import Any
 
 from metrics import METRICS, Metric
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
+from models.resume import READING
 from stl import SettingError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TABLES = CONFIGS / "table"
 SPEED = "speed.json"  # of its models on one machine, beside the table
 SUMMARY, DIVERGED = "summary.json", "diverged.json"  # one of them is what a run that has ended left
+BEGUN = "overrides.json"  # what a run was begun with
 CHECKPOINT = "checkpoints/last.ckpt"  # in the folder of a run
 KEPT = (SUMMARY, DIVERGED, "metrics.csv", "config.yaml")  # of a run, beside the table
 # Settings that say where and how fast a run is, not what it is.
 OF_THE_MACHINE = re.compile(
-    r"[+~]*(data\.(root|val_root|packed|download|cache|num_workers|device_batch_size|eval_batch_size)|compile|"
-    r"num_threads|logger|trainer\.(devices|num_nodes|accelerator)|callbacks\.(progress_bar|checkpoint)(\..*)?)="
+    rf"[+~]*(data\.({'|'.join(sorted(READING))})|compile|num_threads|logger(\..*)?|"
+    r"trainer\.(devices|num_nodes|accelerator|strategy)|callbacks\.(progress_bar|checkpoint)(\..*)?)="
 )
 # Settings that say what is computed in a step: not how it is learnt, nor with which weights it begins.
 OF_THE_MODEL = re.compile(r"[+~]*(experiment|(model|linear)(\.(?!start=).*)?|data(\.(image_size|batch_size))?)=")
@@ -52,6 +55,14 @@ class Run:
 
     def has_ended(self, root: Path) -> bool:
         return self.summary(root) is not None or self.diverged(root) is not None
+
+    def is_begun_otherwise(self, root: Path) -> bool:
+        """Whether what its folder below `root` holds was begun with other settings than its own."""
+        try:
+            begun = json.loads((root / self.folder / BEGUN).read_text())
+        except (OSError, ValueError):
+            return False
+        return settings(begun) != settings(self.overrides)
 
     def _read(self, root: Path, name: str) -> dict[str, Any] | None:
         try:
@@ -122,7 +133,10 @@ def read_study(name: str) -> Study:
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in TABLES.glob("*.yaml")))
         raise SettingError(f"--table {name} is unknown; there are {known}, or give a file, table.yaml")
-    content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except YAMLError as error:
+        raise SettingError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     metric = content.get("metric", "top1")
     if metric not in METRICS:
         raise SettingError(f"{path}: metric {metric} is unknown; choose one of {', '.join(METRICS)}")
@@ -152,7 +166,7 @@ def _rows(section_name: str, section: dict[str, Any], entry: dict[str, Any], met
     for values in itertools.product(*grid.values()):
         chosen = list(zip(grid, values, strict=True))
         name = ", ".join([entry["name"], *(f"{key.rpartition('.')[2]} {value}" for key, value in chosen)])
-        overrides = [*entry.get("overrides", []), *section.get("overrides", [])]
+        overrides = [*section.get("overrides", []), *entry.get("overrides", [])]
         overrides += [f"{key}={value}" for key, value in chosen]
         folder = f"{section_name}/{slug(name)}"
         start = entry.get("start", section.get("start"))

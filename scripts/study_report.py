@@ -11,18 +11,26 @@ from scipy.stats import ttest_rel
 from study import Section, Study
 from study_plot import plot
 from study_results import Result, read_result, read_speeds
-from tables import table
+from tables import short_commit, table
 
-SPEEDS = ["training images/s", "MFU %", "training GiB", "inference ms"]  # where they were measured
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}  # bf16, dense; NVIDIA's data sheets
 # as in summaries
 SAME = ["val_loss", "params", "epochs", "wall_seconds", "device", "git_commit", "date"]
 
 
 def columns_of(metric: Metric) -> list[str]:
-    """Of every table, before SPEEDS."""
-    macs = "linear MMACs" if metric.unit == "image" else f"linear MMACs a {metric.unit}"
-    beginning = ["row", metric.label, "seeds", "against the baseline", "p", "params M", macs]
+    """Of every table, before the metric's speeds."""
+    macs = "MMACs" if metric.unit == "image" else f"MMACs a {metric.unit}"
+    beginning = [
+        "row",
+        metric.label,
+        "seeds",
+        "against the baseline",
+        "p",
+        "params M",
+        f"linear {macs}",
+        f"total {macs}",
+    ]
     return [*beginning, "× core / linear / total", "epochs"]
 
 
@@ -41,27 +49,32 @@ def against(result: Result, baseline: Result | None, metric: Metric) -> tuple[st
     own, other = ([metric.score(of.summaries[seed]) for seed in seeds] for of in (result, baseline))
     difference = statistics.mean(a - b for a, b in zip(own, other, strict=True))
     better = "greater" if metric.higher_is_better else "less"
-    p = ttest_rel(own, other, alternative=better).pvalue if len(seeds) > 1 else None
-    return f"{difference:+.2f}", "–" if p is None else f"{p:.3f}"
+    if len(seeds) == 1 or len({round(a - b, 9) for a, b in zip(own, other, strict=True)}) == 1:
+        return f"{difference:+.2f}", "–"  # the test wants differences that differ
+    p = ttest_rel(own, other, alternative=better).pvalue
+    return f"{difference:+.2f}", "<.001" if p < 0.001 else f"{p:.3f}"
 
 
-def speed_cells(result: Result) -> list[str]:
-    """In the order of SPEEDS. A training step is three times the products of inference."""
-    if not result.speed:
-        return ["–"] * len(SPEEDS)
-    rate, memory = result.speed["training_images_per_second"], result.speed.get("peak_memory_gib")
-    peak = PEAK_TFLOPS.get(result.speed["gpu"])
-    flops = 3 * 2 * result.any["macs"]["total"] * rate
+def speed_cells(result: Result, metric: Metric) -> list[str]:
+    """In the order of the metric's speeds. A training step is three times the products of inference."""
+    speed = result.speed
+    if not speed:
+        return ["–"] * len(metric.speeds)
+    if "prefill" in speed:
+        return [f"{speed[phase]:,.0f}" if phase in speed else "–" for phase in ("prefill", "decode")]
+    rate, memory = speed["training_images_per_second"], speed.get("peak_memory_gib")
+    peak = PEAK_TFLOPS.get(speed["gpu"])
+    flops = 3 * 2 * result.any["macs"]["total"] / metric.units(result.any) * rate
     return [
         f"{rate:.0f}",
         f"{100 * flops / (1e12 * peak):.1f}" if peak else "–",
         f"{memory:.1f}" if memory else "–",
-        f"{result.milliseconds:.1f}",
+        f"{result.time:.1f}",
     ]
 
 
 def cells(result: Result, baseline: Result | None, metric: Metric, columns: Sequence[str]) -> list[str]:
-    """A line of the table, in the order of `columns_of`, and SPEEDS where `columns` has them."""
+    """A line of the table, in the order of `columns_of`, and speeds where `columns` has them."""
     seeds = f"{len(result.summaries)} of {len(result.row.runs)}"
     if result.diverged:
         seeds += f", {result.diverged} diverged"
@@ -75,10 +88,10 @@ def cells(result: Result, baseline: Result | None, metric: Metric, columns: Sequ
         seeds,
         *against(result, baseline, metric),
         f"{facts['params'] / 1e6:.2f}",
-        f"{facts['macs']['linear'] / metric.units(facts) / 1e6:.1f}",
+        *(f"{facts['macs'][kind] / metric.units(facts) / 1e6:.1f}" for kind in ("linear", "total")),
         " / ".join(f"{factor[name]:.2f}" for name in ("core", "linear", "total")),
         str(facts["epochs"]),
-        *(speed_cells(result) if columns[-1] in SPEEDS else []),
+        *(speed_cells(result, metric) if columns[-1] in metric.speeds else []),
     ]
 
 
@@ -89,7 +102,7 @@ def origin(results: list[Result]) -> str:
         "data": [s["dataset"] for s in summaries],
         "on": [s["device"] for s in summaries],
         "from": [s["date"][:10] for s in summaries],
-        "commit": [(s["git_commit"] or "unknown")[:12] for s in summaries],
+        "commit": [short_commit(s["git_commit"]) for s in summaries],
         "torch": [s["versions"]["torch"] for s in summaries],
     }
     return "; ".join(f"{key} {', '.join(sorted(set(values)))}" for key, values in facts.items())
@@ -108,11 +121,13 @@ def write_report(study: Study, results: Path) -> list[Path]:
         baseline = every[section.baseline] if section.baseline else None
         columns = columns_of(study.metric)
         if any(result.summaries and result.speed for result in rows):
-            columns += SPEEDS
+            columns += study.metric.speeds
         text = [cells(result, baseline, study.metric, columns) for result in rows]
         markdown += [f"## {section.title}", table(columns, text)]
         if baseline:
-            markdown.append(f"The baseline is {baseline.row.folder}.")
+            markdown.append(
+                f"The baseline is {baseline.row.folder}; p is of a one-sided paired t-test over common seeds."
+            )
         if any(result.summaries for result in rows):
             markdown.append(f"<sub>{origin(rows)}</sub>")
         latex.append(to_latex(section.title, columns, text))
@@ -143,18 +158,34 @@ def csv_lines(section: Section, result: Result, metric: Metric) -> list[dict[str
     ]
 
 
+LATEX = {character: rf"\{character}" for character in "%&_#$" + "{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "×": r"$\times$",
+    "±": r"$\pm$",
+    "µ": r"$\mu$",
+    "–": "--",
+}
+
+
+def escape(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in text)
+
+
 def to_latex(title: str, columns: Sequence[str], rows: list[list[str]]) -> str:
     """A table for booktabs."""
 
     def line(words: Sequence[str]) -> str:
-        escaped = (word.replace("%", r"\%").replace("×", r"$\times$").replace("±", r"$\pm$") for word in words)
-        return " & ".join(word.replace("–", "--") for word in escaped) + r" \\"
+        return " & ".join(map(escape, words)) + r" \\"
 
     body = [line(columns), r"\midrule", *map(line, rows)]
     return "\n".join(
         [
             r"\begin{table}",
-            rf"\caption{{{title}}}",
+            rf"\caption{{{escape(title)}}}",
             rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
             r"\toprule",
             *body,

@@ -28,26 +28,51 @@ class Result:
         return next(iter(self.summaries.values()))
 
     @property
-    def milliseconds(self) -> float | None:
-        """Of inference, a batch."""
+    def time(self) -> float | None:
+        """What `Metric.time` says."""
         if self.speed is None:
             return None
-        seconds = self.speed["batch_size"] / self.speed["inference_images_per_second"]
-        return 1000 * seconds
+        if "prefill" in self.speed:
+            return 1e6 / self.speed["prefill"]
+        return 1000 * self.speed["batch_size"] / self.speed["inference_images_per_second"]
 
 
 def read_speeds(results: Path) -> list[dict[str, Any]]:
-    """What bench_rows.py measured, each with the GPU it was on; not what it found wrong."""
+    """What bench_rows.py measured, or bench_llm.py, each with the GPU it was on; not what they found wrong."""
     if not (results / SPEED).exists():
         return []
     content = json.loads((results / SPEED).read_text())
     gpu = content["machine"]["gpu"]
+    if "rows" in content:
+        return [speed | {"gpu": gpu} for speed in token_speeds(content["rows"])]
     return [row | {"gpu": gpu} for row in content["models"] if "training_images_per_second" in row]
+
+
+def token_speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tokens a second in prefill and in decoding of each model, its fastest way of computing."""
+    fastest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if rate := row.get("tokens_per_second"):
+            of = row["model"], row["linear"], row.get("rank"), row.get("way")
+            speed = fastest.setdefault(of, {"of": of})
+            speed[row["phase"]] = max(rate, speed.get(row["phase"], 0.0))
+    return [speed for speed in fastest.values() if "prefill" in speed]
+
+
+def measured(row: Row, summary: dict[str, Any]) -> tuple[Any, ...]:
+    """Which of the models of bench_llm.py a row's is; two bases of one rank cost the same."""
+    linear = summary["linear"]
+    way = "batch" if "linear.row_axis=batch" in row.runs[0].overrides else "tokens"
+    return summary["model"], linear["type"], linear["rank"], way if linear["type"] == "stl" else None
 
 
 def read_result(row: Row, results: Path, speeds: Sequence[dict[str, Any]]) -> Result:
     summaries = [run.summary(results) for run in row.runs]
     own = model_settings(row.runs[0].overrides)
-    speed = next((speed for speed in speeds if speed["settings"] == own), None)
+    ended = {summary["seed"]: summary for summary in summaries if summary}
+    of = measured(row, next(iter(ended.values()))) if ended else None
+    speed = next(
+        (speed for speed in speeds if (speed["of"] == of if "of" in speed else speed["settings"] == own)), None
+    )
     diverged = sum(run.diverged(results) is not None for run in row.runs)
-    return Result(row, {summary["seed"]: summary for summary in summaries if summary}, diverged, speed)
+    return Result(row, ended, diverged, speed)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import ceil, prod
+from math import ceil, lcm, prod
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -183,6 +183,13 @@ def count_flops(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype
             cause = error
     reason = "; as a batch of one: ".join(dict.fromkeys(reasons))
     raise SettingError(f"{type(model).__name__} does not take an input of shape {shape}: {reason}") from cause
+
+
+def whole_samples(model: nn.Module) -> int:
+    """The least number of samples that fill all tiles of the model: 1, but for tiles over the batch, of which padding
+    would be counted else."""
+    layers = (module for module in model.modules() if isinstance(module, STLLinear))
+    return lcm(*(layer.tile for layer in layers if layer.row_axis == "batch"))
 
 
 def _count(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None) -> FlopReport:

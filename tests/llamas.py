@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from stl import STLLinear
+
 SIZES: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 36,
@@ -19,7 +21,10 @@ WAYS = {  # of keeping a converted model causal
 
 
 def llama(stl: dict[str, Any] | None = None, seed: int = 0, **sizes: Any):
-    """In float64, with weights that are not small; with `stl` trained ones, encoded."""
+    """In float64, with weights that are not small; with `stl` trained ones, encoded, and then tiles that mix.
+
+    Encoding undoes the mixing where it can, and `products` has none: encoders and decoders move, as in training.
+    """
     from models.language.llama import STLLlamaConfig, STLLlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -30,7 +35,14 @@ def llama(stl: dict[str, Any] | None = None, seed: int = 0, **sizes: Any):
     model = STLLlamaForCausalLM(config).double().eval()
     if stl is not None:
         model.convert(**stl)
+        for layer in stl_layers(model):
+            for matrix in (layer.encoder, layer.decoder):
+                matrix.data += 0.3 * torch.randn_like(matrix)
     return model
+
+
+def stl_layers(model) -> list[STLLinear]:
+    return [layer for layer in model.modules() if isinstance(layer, STLLinear)]
 
 
 def ids(*shape: int, seed: int = 0) -> torch.Tensor:

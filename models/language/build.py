@@ -26,6 +26,7 @@ def build_llama(
     sample: Callable[[int], Tensor],
     linear: Callable[..., nn.Module] = nn.Linear,
     linear_groups: Sequence[str] = ("attention", "mlp"),
+    vocabulary: str | None = None,
     weights: str | None = None,
     calibration: int = 0,
     calibrate_basis: bool = False,
@@ -39,6 +40,7 @@ def build_llama(
         tokens, length: of the data: how many different tokens there are, and how many stand in a sequence.
         sample: makes token ids (B, length) of training text, for a number B of sequences.
         linear_groups: some of `models.language.groups.GROUPS`.
+        vocabulary: of the data; `weights` of a checkpoint must have the same.
         weights: of a dense model to begin with: a checkpoint of train.py (.ckpt), a model of llama2.c (.bin), a folder
             or a name on the Hugging Face hub. None draws all weights. STL layers encode them, 2:4 layers prune them.
         calibration: sequences on which what replaces the dense layers is fitted to them: STL layers to their outputs
@@ -50,7 +52,8 @@ def build_llama(
 
     Raises:
         SettingError: transformers is not installed; the data have more tokens than the model, or longer sequences;
-            weights that cannot be read, or are of other sizes; settings of the linear layers that do not go together.
+            weights that cannot be read, or are of other sizes or tokens; settings of the linear layers that do not go
+            together.
     """
     optional("transformers", f"model.name={name!r}")
     from huggingface_hub.errors import StrictDataclassError
@@ -80,7 +83,7 @@ def build_llama(
         if value and kind is nn.Linear:
             raise SettingError(f"model.{setting}={value} fits nothing where all layers are dense; leave it out")
     check_groups(linear_groups, config.tie_word_embeddings)
-    model = STLLlamaForCausalLM(config) if weights is None else read_weights(weights, config)
+    model = STLLlamaForCausalLM(config) if weights is None else read_weights(weights, config, vocabulary)
     batches = list(sample(calibration).split(8)) if calibration else None
     if batches is not None and torch.cuda.is_available():  # the model goes there later anyway, and this takes its time
         nn.Module.to(model, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")

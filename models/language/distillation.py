@@ -17,14 +17,23 @@ class Distillation:
     Args:
         teacher: what `models.language.pretrained.read_weights` reads.
         student: its configuration; the teacher is dense and of the same sizes.
+        vocabulary: of the data; a checkpoint must have the same.
         weight: from 0 (excluded) to 1.
         temperature: above 0.
 
     Raises:
-        SettingError: a number is out of range; the teacher cannot be read, or is of other sizes.
+        SettingError: a number is out of range; the teacher cannot be read, or is of other sizes or tokens.
     """
 
-    def __init__(self, teacher: str, *, student: Any, weight: float = 0.5, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        teacher: str,
+        *,
+        student: Any,
+        vocabulary: str | None = None,
+        weight: float = 0.5,
+        temperature: float = 1.0,
+    ) -> None:
         from models.language.pretrained import read_weights  # needs transformers
 
         if not 0 < weight <= 1:
@@ -35,7 +44,7 @@ class Distillation:
         dense = copy.deepcopy(student)
         dense.stl = None
         # Not a child of the task: it is in no checkpoint, and no optimizer sees it.
-        self._teacher: nn.Module = read_weights(teacher, dense).requires_grad_(False).eval()
+        self._teacher: nn.Module = read_weights(teacher, dense, vocabulary).requires_grad_(False).eval()
 
     def __call__(self, loss: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
         """The loss to learn from, for the loss of the text, the student's logits (B, n, vocabulary) and ids (B, n)."""

@@ -1,15 +1,17 @@
 """LLaMA (Touvron et al., arXiv 2302.13971) as transformers has it, with STL layers as a part of its configuration."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
+from models.language.cache import streaming
 from models.language.groups import check_groups, patterns
-from stl import ConversionReport, SettingError, STLLinear, Streaming, convert
+from stl import ConversionReport, SettingError, STLLinear, convert
 
 
 class STLLlamaConfig(LlamaConfig):
@@ -23,9 +25,11 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
     """LLaMA with STL layers where `config.stl` says so; without, it is transformers' own, and loads its weights.
 
     `save_pretrained` and `from_pretrained` keep it as it is. With a causal basis over tokens it streams: what its
-    layers remember of unfinished tiles goes with the cache of keys and values, so that `generate`, beam search and any
-    caller with a cache get what one pass over all tokens gives, up to rounding. With `row_axis="batch"` the sequences
-    of a batch stand beside each other in tiles: they must keep their places while a cache is used.
+    layers remember of unfinished tiles goes with the cache of keys and values, a DynamicCache that becomes an
+    `STLCache`, so that `generate`, beam search and any caller with a cache get what one pass over all tokens gives, up
+    to rounding; the cache's own methods choose and repeat sequences. With `row_axis="batch"` the sequences of a batch
+    stand beside each other in tiles, and get that only where they keep their places while a cache is used. Beam search
+    moves them: unless the basis is exact, it gives other beams with a cache than without.
 
     Raises:
         SettingError: an unknown group, or one without layers of its own; all that `stl.convert` raises, as for a basis
@@ -52,14 +56,17 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
         """
         if self.config.stl is not None:
             raise SettingError(f"the model is converted already, stl={self.config.stl}; convert a dense one")
+        if "groups" in stl:
+            stl["groups"] = list(stl["groups"])  # not a generator, which could be read only once
         report = self._swap(**stl, from_dense=from_dense, calibration=calibration, calibrate_basis=calibrate_basis)
         self.config.stl = stl
         return report
 
-    def _swap(self, *, groups: Iterable[str] = ("attention", "mlp"), **settings: Any) -> ConversionReport:
+    def _swap(self, *, groups: Sequence[str] = ("attention", "mlp"), **settings: Any) -> ConversionReport:
         check_groups(groups, self.config.tie_word_embeddings)
         return convert(self, include=patterns(groups), causal=True, **settings)
 
+    @can_return_tuple  # of the output as it is in the end
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -99,27 +106,7 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
         """What the layers remember beside this cache; nothing to enter where they remember nothing."""
         if cache is None or not any(_remembers(layer) for layer in self.modules()):
             return nullcontext()
-        if not isinstance(cache, DynamicCache):
-            raise SettingError(
-                f"past_key_values is a {type(cache).__name__}, and STL layers over tokens go with a DynamicCache only; "
-                "use that, or convert with row_axis='batch'"
-            )
-        holder: Any = cache
-        if cache.get_seq_length() == 0 or getattr(holder, "stl", None) is None or holder.stl.model is not self:
-            holder.stl = Streaming(self)
-        if holder.stl.seen != cache.get_seq_length():
-            raise SettingError(
-                f"past_key_values holds {cache.get_seq_length()} tokens, and the STL layers have seen "
-                f"{holder.stl.seen} with it; a cache must be this model's from its beginning, and cannot be shortened"
-            )
-        return holder.stl
-
-    def _reorder_cache(self, past_key_values: Any, beam_idx: Tensor) -> Any:
-        """What `generate` calls when beams go on."""
-        past_key_values.reorder_cache(beam_idx)
-        if hasattr(past_key_values, "stl"):
-            past_key_values.stl.reorder(beam_idx)
-        return past_key_values
+        return streaming(cache, self)
 
 
 def _remembers(module: nn.Module) -> bool:

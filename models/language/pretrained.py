@@ -3,69 +3,87 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
-from models.checkpoint import load_checkpoint
+from models.checkpoint import UNSHAPED, check_vocabulary, load_checkpoint
 from models.language.llama import STLLlamaConfig, STLLlamaForCausalLM
 from models.language.llama2c import read_model
 from stl import SettingError
 
 # What two configurations must share for one's weights to be the other's.
-SIZES: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SIZES += ("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
+SIZES: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", *UNSHAPED)
 SIZES += ("attention_bias", "mlp_bias")
 
 
-def read_weights(source: str, config: STLLlamaConfig | None = None) -> STLLlamaForCausalLM:
+def read_weights(
+    source: str, config: STLLlamaConfig | None = None, vocabulary: str | None = None
+) -> STLLlamaForCausalLM:
     """The dense model, float32, of a checkpoint of train.py (.ckpt), a file of llama2.c (.bin), a folder, or the hub.
 
     Args:
-        config: of what sizes it must be; needed for a .ckpt, which does not say.
+        config: of what sizes it must be; None takes any.
+        vocabulary: that of the data, which a checkpoint must share if it says its own.
 
-    Raises SettingError where there is none, or it is of other sizes, or not dense.
+    Raises SettingError where there is none, or it is of other sizes or tokens, or not dense.
     """
-    if source.endswith(".bin"):
-        model = read_model(source)
-    elif source.endswith(".ckpt"):
-        if config is None:
-            raise SettingError(f"weights={source!r} say nothing of the model's sizes; give its configuration as well")
-        model = STLLlamaForCausalLM(config)
-        try:
-            model.load_state_dict(_of_task(source))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise SettingError(f"model.weights={source!r} does not fit: {reason}") from error
-        return model
-    else:
-        model = _from_hub(source)
-    for key in SIZES if config is not None else ():
-        if (theirs := getattr(model.config, key)) != (ours := getattr(config, key)):
-            raise SettingError(f"model.weights={source!r} has {key}={theirs}, model.{key} is {ours}; make them agree")
+    if source.endswith(".ckpt"):
+        return _of_task(source, config, vocabulary)
+    model = read_model(source) if source.endswith(".bin") else _from_hub(source)
+    _check_sizes(source, model.config, config)
     return model
+
+
+def _check_sizes(source: str, own: LlamaConfig, config: LlamaConfig | None) -> None:
+    for key in SIZES if config is not None else ():
+        if (theirs := getattr(own, key)) != (ours := getattr(config, key)):
+            raise SettingError(f"model.weights={source!r} has {key}={theirs}, model.{key} is {ours}; make them agree")
 
 
 def _from_hub(source: str) -> STLLlamaForCausalLM:
     try:
         own = AutoConfig.from_pretrained(source)
-        if type(own) is not LlamaConfig:
-            raise SettingError(f"model.weights={source!r} is a {type(own).__name__}; a dense LLaMA is needed")
-        settings = {key: value for key, value in own.to_dict().items() if key != "model_type"}
-        config = STLLlamaConfig(**settings)
-        return STLLlamaForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
+        config = _dense(own)
+        if config is not None:
+            return STLLlamaForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SettingError(
             f"model.weights={source!r} cannot be loaded ({reason}); give a .ckpt or .bin file, a folder or a name on "
             "the Hugging Face hub"
         ) from error
+    kind = "a LLaMA with STL layers" if isinstance(own, STLLlamaConfig) else f"a {type(own).__name__}"
+    raise SettingError(f"model.weights={source!r} is {kind}; a dense LLaMA is needed")
 
 
-def _of_task(source: str) -> dict[str, Tensor]:
-    """The state dict of the model in a checkpoint of train.py."""
+def _dense(own: object) -> STLLlamaConfig | None:
+    """A configuration as one of ours, where it is of a dense LLaMA."""
+    if isinstance(own, STLLlamaConfig):
+        return own if own.stl is None else None
+    if type(own) is not LlamaConfig:
+        return None
+    return STLLlamaConfig(**{key: value for key, value in own.to_dict().items() if key != "model_type"})
+
+
+def _of_task(source: str, config: STLLlamaConfig | None, vocabulary: str | None) -> STLLlamaForCausalLM:
+    """The model in a checkpoint of train.py."""
     checkpoint, file = load_checkpoint(Path(source))
+    setting = f"model.weights={str(file)!r}"
     kind = checkpoint["config"]["linear"]["_target_"]
     if kind != "torch.nn.Linear":
-        raise SettingError(f"model.weights={str(file)!r} has linear layers of {kind}; give one of linear=dense")
+        raise SettingError(f"{setting} has linear layers of {kind}; give one of linear=dense")
+    check_vocabulary(checkpoint, file, vocabulary)
     state = checkpoint["state_dict"].items()
-    return {key.removeprefix("model."): value for key, value in state if key.startswith("model.")}
+    weights = {key.removeprefix("model."): value for key, value in state if key.startswith("model.")}
+    if (embedding := weights.get("model.embed_tokens.weight")) is None:
+        raise SettingError(f"{setting} is of no language model; give one of task=models.language.task.LanguageTask")
+    settings = checkpoint["config"]["model"].items()
+    sizes = {key: value for key, value in settings if key in STLLlamaConfig.__dataclass_fields__}
+    own = STLLlamaConfig(**{**sizes, "vocab_size": len(embedding)})
+    _check_sizes(str(file), own, config)
+    model = STLLlamaForCausalLM(config or own)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise SettingError(f"{setting} does not fit: {reason}") from error
+    return model

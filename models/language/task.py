@@ -35,7 +35,8 @@ class LanguageTask(Task):
         for setting in ("label_smoothing", "augment"):
             if cfg[setting]:
                 raise SettingError(f"{setting}={cfg[setting]} is for images; leave it as it is in configs/train.yaml")
-        distillation = instantiate(cfg.distillation)(student=model.config) if cfg.distillation.teacher else None
+        student = {"student": model.config, "vocabulary": data.vocabulary}
+        distillation = instantiate(cfg.distillation)(**student) if cfg.distillation.teacher else None
         return cls(model, distillation=distillation, **settings)
 
     @staticmethod

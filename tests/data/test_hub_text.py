@@ -123,6 +123,7 @@ def test_the_package_itself_streams_and_goes_on(tmp_path, monkeypatch):
         lines = [json.dumps({"text": text, "meta": {"part": part}}) for text in stories(20 * part, 20 * part + 20)]
         (tmp_path / f"train-{part}.jsonl").write_text("\n".join(lines))
     documents = HubDocuments(str(tmp_path), "train")
+    assert len(documents.identity["files"]) == len(list(tmp_path.glob("*.jsonl")))
     assert list(documents) == stories(0, 60)
 
     load, breaks = datasets.load_dataset, [5, 33, 35]
@@ -146,3 +147,11 @@ def test_the_package_itself_streams_and_goes_on(tmp_path, monkeypatch):
         list(HubDocuments(str(tmp_path), "test"))
     with pytest.raises(SettingError, match=r"data.dataset='/nowhere' data.split='train' cannot be opened \("):
         list(HubDocuments("/nowhere", "train"))
+
+
+def test_a_folder_that_has_changed_is_another_text(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
+    before = HubDocuments(str(tmp_path), "train").identity
+    assert HubDocuments(str(tmp_path), "train").identity == before
+    (tmp_path / "train.jsonl").write_text('{"text": "another"}\n')
+    assert HubDocuments(str(tmp_path), "train").identity != before

@@ -153,7 +153,7 @@ def test_a_run_that_was_stopped_takes_the_rest_of_the_epoch_and_then_the_next(tm
     file = tmp_path / "middle.ckpt"
     whole = fit(module(tmp_path), Learner(file))
     state = torch.load(file, weights_only=True)["TextDataModule"]
-    assert (state["epoch"], state["batches"]) == (0, 3)
+    assert (state["epoch"], state["batches"], state["vocabulary"]) == (0, 3, "bytes")
     assert fit(module(tmp_path), Learner(), file) == whole[3:]
     for settings, what in (
         ({"length": 8}, "data.length was 16, is 8"),

@@ -92,6 +92,35 @@ def test_transformers_reads_a_learned_bpe_from_its_folder(tmp_path):
     assert HubTokenizer(str(moved)).identity == other.identity
 
 
+def test_a_vocabulary_is_the_same_where_ids_are(tmp_path):
+    pytest.importorskip("transformers")
+    source = module(tmp_path / "a", tokenizer="bpe", bpe_vocab_size=300)
+    hub = HubTokenizer(str(learned(tmp_path / "a")))
+    assert hub.vocabulary == source.vocabulary == source.tokenizer.vocabulary
+    assert hub.begin == hub.end == source.tokenizer.begin == source.tokenizer.end == 0
+    other = module(tmp_path / "b", train=Texts(["zyx wvu " * 99] * 9), tokenizer="bpe", bpe_vocab_size=300)
+    assert other.vocabulary != source.vocabulary
+    assert module(tmp_path / "c").vocabulary == "bytes"
+    config = json.loads((learned(tmp_path / "a") / "tokenizer_config.json").read_text())
+    moved = shutil.copytree(learned(tmp_path / "a"), tmp_path / "begins")
+    (moved / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "a"}))
+    begins = HubTokenizer(str(moved))
+    assert (begins.begin, begins.end) == (source.tokenizer.encode(["a"])[0][0], 0)
+
+
+def test_a_kept_bpe_gives_the_text_that_is_packed(tmp_path):
+    pytest.importorskip("tokenizers")
+    train = Texts(stories(0, 60))
+    source = module(tmp_path, train=train, tokenizer="bpe", bpe_vocab_size=300)
+    source.keep(tmp_path / "run" / "tokenizer")
+    reads = train.reads
+    again = module(tmp_path, train=train, tokenizer=str(tmp_path / "run" / "tokenizer"))
+    assert again.vocabulary == source.vocabulary
+    assert train.reads == reads
+    module(tmp_path).keep(tmp_path / "bytes")  # has no files
+    assert not (tmp_path / "bytes").exists()
+
+
 def test_a_tokenizer_that_is_none(tmp_path):
     allowed = "set data.tokenizer to bytes, bpe, a folder or a name on the Hugging Face hub"
     with pytest.raises(SettingError, match=f"data.tokenizer='/nowhere/at/all' does not exist; {allowed}"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.checkpoint import load_checkpoint, load_weights
+from models.checkpoint import check_vocabulary, load_checkpoint, load_weights
 from stl import SettingError
 
 
@@ -94,6 +94,9 @@ def test_a_checkpoint_without_a_whole_config_is_refused(tmp_path):
         ("linear", "window", "blocks", "sliding"),
         ("model", "name", "t2t_vit_tiny", "t2t_vit_7"),
         ("model", "token_order", "raster", "block"),
+        ("model", "num_attention_heads", 8, 4),
+        ("model", "hidden_act", "gelu", None),
+        ("model", "rope_parameters", "{'rope_theta': 500.0}", "{'rope_theta': 10000.0}"),
     ],
 )
 def test_a_checkpoint_of_another_model_shows_both_sides(tmp_path, group, key, saved, own):
@@ -106,6 +109,16 @@ def test_a_checkpoint_of_another_model_shows_both_sides(tmp_path, group, key, sa
     )
     with pytest.raises(SettingError, match=f"{group}.{key}={saved} in the checkpoint, {own} here"):
         load_weights(task, {"config": theirs, "state_dict": task.state_dict()}, tmp_path, ours)
+
+
+def test_another_vocabulary_is_shown_where_both_sides_have_one(tmp_path):
+    checkpoint = {"config": {"data": {"_target_": "data.text_files.TextFiles"}}, "TextFiles": {"vocabulary": "bytes"}}
+    check_vocabulary(checkpoint, tmp_path, "bytes")
+    check_vocabulary(checkpoint, tmp_path, None)
+    for earlier in ({"TextFiles": {"epoch": 3}}, {"config": {"data": {"_target_": "data.digits.Digits"}}}):
+        check_vocabulary(checkpoint | earlier, tmp_path, "300 tokens")
+    with pytest.raises(SettingError, match=r"has another vocabulary \(bytes\) than data.tokenizer \(300 tokens\); set"):
+        check_vocabulary(checkpoint, tmp_path, "300 tokens")
 
 
 def test_weights_of_another_shape_are_named(tmp_path):

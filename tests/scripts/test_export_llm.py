@@ -13,6 +13,9 @@ from llamas import SIZES
 from running import QUICK, run
 from texts import stories
 
+from models.low_rank import LowRankLinear
+from models.monarch import MonarchLinear
+from models.sparse24 import Sparse24Linear
 from stl import SettingError
 
 
@@ -35,9 +38,12 @@ def words(tmp_path_factory) -> list[str]:
     "own",
     [
         ["experiment=llm/small_stl", "model.calibration=0", "data.tokenizer=bpe", "data.bpe_vocab_size=280"],
+        ["experiment=llm/small_dense", "data.tokenizer=bpe", "data.bpe_vocab_size=280"],
         ["experiment=llm/small_sparse24", "model.calibration=0", "linear.pruning=magnitude", "data.tokenizer=bytes"],
+        ["experiment=llm/small_dense", "linear=low_rank", "data.tokenizer=bytes"],
+        ["experiment=llm/small_dense", "linear=monarch", "data.tokenizer=bytes"],
     ],
-    ids=["stl", "sparse24"],
+    ids=["stl", "dense", "sparse24", "low_rank", "monarch"],
 )
 def test_a_folder_gives_what_the_run_learned(own, words, tmp_path, monkeypatch, capsys):
     import transformers
@@ -49,11 +55,43 @@ def test_a_folder_gives_what_the_run_learned(own, words, tmp_path, monkeypatch, 
     ids = data.sample(2)
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    for config in (again.config, again.generation_config):
+        assert [config.bos_token_id, config.eos_token_id] == [data.tokenizer.end] * 2
+    assert type(again) is (type(model) if own[0].endswith("stl") else transformers.LlamaForCausalLM)
     assert ("without a tokenizer" in capsys.readouterr().out) == ("data.tokenizer=bytes" in own)
     if "data.tokenizer=bpe" in own:
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
         assert tokenizer("so it goes")["input_ids"] == data.tokenizer.encode(["so it goes"])[0]
+        assert tokenizer.eos_token_id == again.config.eos_token_id
         harness(monkeypatch, tmp_path, type(again))
+
+
+def test_a_dense_folder_is_one_to_begin_with(words, tmp_path, monkeypatch):
+    words = [*words, "experiment=llm/small_dense", "data.tokenizer=bytes"]
+    run(tmp_path / "run", *words)
+    call(monkeypatch, export_llm, tmp_path / "run", "--out", tmp_path / "folder")
+    run(tmp_path / "again", *words, f"model.weights={tmp_path / 'folder'}", "optimizer.lr=1e-12")
+    one, other = (export_llm.trained(tmp_path / name)[0].state_dict() for name in ("run", "again"))
+    torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("kind", [Sparse24Linear, LowRankLinear, MonarchLinear])
+def test_layers_that_are_a_matrix_become_it_with_their_bias(kind):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(kind(11, 7))
+    torch.nn.init.normal_(model[0].bias)
+    x = torch.randn(5, 11)
+    wanted = model(x)
+    export_llm.densify(model)
+    assert type(model[0]) is torch.nn.Linear
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_layers_that_are_no_matrix_are_refused(words, tmp_path, monkeypatch):
+    run(tmp_path / "run", *words, "experiment=llm/small_dense", "linear=dense_mixer", "data.tokenizer=bytes")
+    with pytest.raises(SettingError, match=r"^linear=dense_mixer is no layer that transformers knows; export a run"):
+        call(monkeypatch, export_llm, tmp_path / "run", "--out", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def harness(monkeypatch, tmp_path, kind) -> None:

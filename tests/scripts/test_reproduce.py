@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 
 import pytest
@@ -9,7 +10,9 @@ import reproduce
 from hydra import compose, initialize_config_dir
 from running import CONFIGS
 from study import TABLES, Run, model_settings, read_study
-from study_report import write_report
+from study_plot import front
+from study_report import to_latex, write_report
+from tables import short_commit
 
 from stl import SettingError
 
@@ -38,6 +41,8 @@ summary = dict(seed=int(words["seed"]), top1=10 * float(words["lr"]) + int(words
 summary |= dict(perplexity=summary["top1"], input_shape=[1, 1000])
 summary |= dict(params=4_000_000, epochs=2, wall_seconds=60.0, device="a GPU", git_commit="abc", date="2026-01-02T03")
 summary |= dict(overrides=overrides, macs=dict(linear=2_000_000, total=3_000_000), dataset="digits")
+linear = dict(type="stl", rank=16) if "model.weights" in words else dict(type="dense", rank=None)
+summary |= dict(model="small", linear=linear)
 summary |= dict(flop_factor=dict(core=4.0, linear=2.7, total=2.4), versions=dict(torch="2.11.0"))
 (folder / "summary.json").write_text(json.dumps(summary))
 """
@@ -131,7 +136,7 @@ def test_every_row_of_the_tables_is_a_configuration(path):
 def test_what_is_missing_is_run_once_and_the_table_is_built(call, tmp_path, capsys):
     call("--jobs", "2", "--set", "data.root=elsewhere")
     text = (tmp_path / "results/mine/mine.md").read_text()
-    assert "| dense, lr 1 | 10.50 ± 0.71 | 2 of 2 |  |  | 4.00 | 2.0 | 4.00 / 2.70 / 2.40 | 2 |" in text
+    assert "| dense, lr 1 | 10.50 ± 0.71 | 2 of 2 |  |  | 4.00 | 2.0 | 3.0 | 4.00 / 2.70 / 2.40 | 2 |" in text
     assert "| dense, lr 2 | 20.50 ± 0.71 | 2 of 2 | +10.00 | " in text
     assert "| broken | not run | 0 of 1 |" in text
     lines = list(csv.DictReader((tmp_path / "results/mine/mine.csv").open()))
@@ -159,9 +164,9 @@ def test_runs_begin_with_the_checkpoints_of_others_of_their_seed(call, tmp_path,
         place = tmp_path / f"outputs/mine/before/dense/seed{seed}/checkpoints/last.ckpt"
         assert f"model.weights={place}" in summary["overrides"]
     text = (tmp_path / "results/mine/mine.md").read_text()
-    assert "| row | perplexity | seeds | against the baseline | p | params M | linear MMACs a token |" in text
+    assert "| row | perplexity | seeds | against the baseline | p | params M | linear MMACs a token | total" in text
     assert "| stl | 5.50 ± 0.71 | 2 of 2 | -5.00 |" in text
-    assert "| 4.00 | 0.0 | 4.00 / 2.70 / 2.40 | 2 |" in text
+    assert "| 4.00 | 0.0 | 0.0 | 4.00 / 2.70 / 2.40 | 2 |" in text
     call("--outputs", "elsewhere")  # where the checkpoints are makes no other run of it
     assert "started" not in capsys.readouterr().out
 
@@ -266,6 +271,26 @@ def test_what_a_model_measured_alone_stands_beside_its_runs(call, tmp_path):
     assert "inference ms" not in (tmp_path / "results/mine/mine.md").read_text()
 
 
+def test_tokens_a_second_are_those_of_the_fastest_way(call, tmp_path):
+    (tmp_path / "mine.yaml").write_text(OF_LANGUAGE)
+    call()
+    stl = {"model": "small", "linear": "stl", "rank": 16, "way": "tokens"}
+    rows = [
+        {**stl, "phase": "prefill", "tokens_per_second": 2000.0},
+        {**stl, "phase": "prefill", "tokens_per_second": 3000.0},
+        {**stl, "phase": "decode", "tokens_per_second": 10.0},
+        {**stl, "phase": "decode", "tokens_per_second": None},  # wrong, not timed
+        {**stl, "phase": "prefill", "way": "batch", "tokens_per_second": 9000.0},
+        {"model": "small", "linear": "dense", "phase": "prefill", "tokens_per_second": 1000.0},
+    ]
+    (tmp_path / "results/mine/speed.json").write_text(json.dumps({"machine": {"gpu": "NVIDIA H200"}, "rows": rows}))
+    call("--build")
+    text = (tmp_path / "results/mine/mine.md").read_text()
+    assert text.count("| epochs | prefill tokens/s | decode tokens/s |") == 2
+    assert "| 2 | 3,000 | 10 |" in text
+    assert "| 2 | 1,000 | – |" in text
+
+
 def test_rows_that_only_learn_differently_are_one_model():
     rows = {row.folder: row for row in read_study("vit").rows}
 
@@ -280,3 +305,84 @@ def test_rows_that_only_learn_differently_are_one_model():
 def test_what_is_of_the_model():
     words = ["experiment=a", "linear=stl", "+model.embed_dim=144", "model.token_order=block", "data.batch_size=7"]
     assert model_settings([*words, "linear.start=dense", "data.margin=4", "optimizer.lr=1", "seed=0"]) == sorted(words)
+
+
+def test_a_run_of_other_settings_is_not_gone_on_with(call, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call("--only", "second/broken")
+    (tmp_path / "mine.yaml").write_text(TABLE.replace("overrides: [lr=1, fail=1]", "overrides: [lr=2]"))
+    call("--list", "--only", "second/broken")
+    assert "others in its folder" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        call("--only", "second/broken")
+    said = capsys.readouterr().out
+    assert "second/broken/seed0 failed: " in said
+    assert "holds a run of other settings; remove it" in said
+    shutil.rmtree(tmp_path / "outputs/mine/second/broken")
+    call("--only", "second/broken")
+    assert "second/broken/seed0: done, top1 20.00" in capsys.readouterr().out
+
+
+def test_what_it_begins_with_must_have_ended(call, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(OF_LANGUAGE)
+    with pytest.raises(SystemExit):
+        call("--only", "after/*")
+    assert "after/stl/seed0 failed: it begins with before/dense/seed0, which has not ended" in capsys.readouterr().out
+    call("--only", "before/*")
+    call("--only", "after/*")
+    assert "after/stl/seed1: done" in capsys.readouterr().out
+
+
+def test_what_a_run_is_does_not_depend_on_the_call(call):
+    with pytest.raises(SettingError, match=r"--set trainer.max_epochs=3 says what a run is"):
+        call("--set", "data.root=x", "data.max_unreadable=3", "trainer.strategy=ddp", "trainer.max_epochs=3")
+
+
+def test_a_row_overrides_its_section(tmp_path):
+    table = TABLE.replace("overrides: [lr=1, fail=1]", "overrides: [epochs=7]")
+    table = table.replace("title: more", "title: more\n    overrides: [epochs=2]")
+    (tmp_path / "mine.yaml").write_text(table)
+    row = next(row for row in read_study(str(tmp_path / "mine.yaml")).rows if row.name == "broken")
+    assert row.runs[0].overrides == ("epochs=2", "epochs=7", "seed=0")
+
+
+def test_a_file_that_is_no_table_is_one_line(tmp_path):
+    (tmp_path / "mine.yaml").write_text("title: [")
+    with pytest.raises(SettingError, match=r"mine.yaml cannot be read: while parsing"):
+        read_study(str(tmp_path / "mine.yaml"))
+
+
+def test_of_hydra_the_error_is_shown_and_not_what_stands_behind_it(tmp_path):
+    said = "Key 'lrr' is not in struct\n    full_key: optimizer.lrr\n    object_type=dict\n\n"
+    (tmp_path / "log.txt").write_text(f"{said}Set the environment variable HYDRA_FULL_ERROR=1 for a stack trace.\n")
+    assert reproduce._last_line(tmp_path) == "Key 'lrr' is not in struct"
+
+
+def test_latex_of_any_name():
+    text = to_latex("50 % & more", ["row", "p"], [["lr_mult 2", "<.001"], ["a {b} #1 $x", "1.0 ± 0.1"]])
+    assert r"\caption{50 \% \& more}" in text
+    assert r"lr\_mult 2 & $<$.001 \\" in text
+    assert r"a \{b\} \#1 \$x & 1.0 $\pm$ 0.1 \\" in text
+
+
+def test_differences_that_do_not_differ_have_no_p(call, tmp_path):
+    call("--only", "first/*")
+    assert "| +10.00 | – |" in (tmp_path / "results/mine/mine.md").read_text()
+
+
+def test_changes_to_a_commit_are_not_hidden():
+    assert short_commit("0123456789abcdef0123+changes") == "0123456789ab and changes"
+    assert short_commit("0123456789abcdef0123") == "0123456789ab"
+    assert short_commit(None) == "unknown"
+
+
+def test_the_front_has_what_none_is_better_than():
+    points = [
+        (3.0, 30.0, "dear"),
+        (1.0, 20.0, "cheap"),
+        (2.0, 19.0, "beaten"),
+        (3.0, 29.0, "beside"),
+        (1.0, 18.0, "low"),
+    ]
+    assert [name for *_, name in front(points, True)] == ["cheap", "dear"]
+    assert [name for *_, name in front([(x, -y, name) for x, y, name in points], False)] == ["cheap", "dear"]

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stl import FlopReport, SettingError, STLLinear, convert, count_flops
+from stl.flops import whole_samples
 
 few = settings(deadline=None, derandomize=True, max_examples=25)
 
@@ -386,3 +387,13 @@ def test_a_lazy_model_is_counted_once_it_has_sizes():
         count_flops(model, (2, 7))
     model(torch.zeros(2, 7))
     assert count_flops(model, (2, 7)).total == 2 * 7 * 4
+
+
+def test_tiles_over_the_batch_cost_a_sample_what_tiles_over_tokens_do():
+    costs = {}
+    for row_axis in ("tokens", "batch"):
+        model = nn.Sequential(make_layer(8, 16, row_axis=row_axis), make_layer(16, 8, BASES[0], row_axis=row_axis))
+        samples = whole_samples(model)
+        costs[row_axis] = count_flops(model, (samples, 8, 8)).total / samples
+        assert samples == (4 if row_axis == "batch" else 1)
+    assert costs["batch"] == costs["tokens"]

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from llamas import WAYS, ids, llama
+from llamas import WAYS, ids, llama, stl_layers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from stl import STLMLP, SettingError, STLLinear, convert, count_flops, fuse_mlps
+from stl import STLMLP, SettingError, convert, count_flops, fuse_mlps
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,6 +41,18 @@ def assert_causal(model, x: Tensor, **options) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_the_tiles_of_these_models_mix(way):
+    """Else the tests below could not fail."""
+    for layer in stl_layers(llama(WAYS[way])):
+        x = torch.randn(4, 4, layer.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        changed = x.clone()
+        changed[0, 0] += 1
+        moved = (layer(changed) - layer(x)).abs().amax(-1) > 1e-3
+        neighbours = moved[0] if layer.row_axis == "tokens" else moved[:, 0]
+        assert neighbours[: layer.tile].all()
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_no_logit_depends_on_a_later_token(way):
     model = llama(WAYS[way])
     for n in LENGTHS:
@@ -67,6 +79,22 @@ def test_nor_where_sequences_are_padded_or_packed(way):
         assert_causal(model, x, position_ids=packed)
 
 
+def second_document_moves(way: str, begins: int, **options) -> bool:
+    """Whether its logits change where the first of two packed documents does."""
+    model, x = llama(WAYS[way]), ids(2, 11)
+    changed = x.clone()
+    changed[:, :begins] = (x[:, :begins] - 2) % 37 + 3
+    starts = torch.cat([torch.arange(begins), torch.arange(11 - begins)]).expand(2, -1)
+    return not torch.equal(*(model(own, position_ids=starts, **options).logits[:, begins:] for own in (x, changed)))
+
+
+def test_packed_documents_are_kept_apart_without_a_cache_where_they_share_no_tile():
+    assert not second_document_moves("batch", 5, use_cache=False)
+    assert not second_document_moves("tokens", 4, use_cache=False)
+    assert second_document_moves("tokens", 5, use_cache=False)  # in the tile of the first one's last token
+    assert second_document_moves("batch", 5)  # with a cache, transformers takes them for one text
+
+
 @pytest.mark.parametrize("parts", [[1] * 13, [6, 1, 1, 4, 1]])
 @pytest.mark.parametrize("way", WAYS)
 def test_with_a_cache_it_gives_in_parts_what_it_gives_at_once(way, parts):
@@ -76,7 +104,7 @@ def test_with_a_cache_it_gives_in_parts_what_it_gives_at_once(way, parts):
         cache = output.past_key_values
         got.append(output.logits)
     assert_close(torch.cat(got, 1), logits(model, x))
-    assert all(layer.stream is None for layer in model.modules() if isinstance(layer, STLLinear))
+    assert all(layer.stream is None for layer in stl_layers(model))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
@@ -130,11 +158,19 @@ def test_groups_are_switched_one_by_one(groups, swapped):
     assert ("lm_head" in report.swapped) == ("head" in groups)
 
 
+def test_groups_may_be_a_generator():
+    model = llama()
+    report = model.convert(**WAYS["tokens"], groups=(group for group in ("mlp",)))
+    assert len(report.swapped) == 6
+    assert model.config.stl["groups"] == ["mlp"]
+
+
 def test_a_head_of_stl_cuts_its_tiles_from_all_tokens():
     model, x = llama({**WAYS["tokens"], "groups": ["head"]}), ids(2, 7)
     whole = logits(model, x)
     assert_close(logits(model, x, logits_to_keep=2), whole[:, -2:])
     assert_close(logits(model, x, logits_to_keep=torch.tensor([1, 4])), whole[:, [1, 4]])
+    assert_close(model(x, logits_to_keep=2, return_dict=False)[0], whole[:, -2:])
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(x, **options), model.generate(x, use_cache=False, **options))
 
@@ -159,10 +195,30 @@ def test_a_copied_cache_goes_on_for_itself():
         assert_close(got, logits(model, torch.cat([prompt, more], 1))[:, 6:])
 
 
+@pytest.mark.parametrize("way", ["tokens", "products"])
+@pytest.mark.parametrize(
+    ("choose", "chosen"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0, 1])), [1, 0, 1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_cache_chooses_sequences_by_its_own_methods(choose, chosen, way, own):
+    """One that the model makes, and one that it gets."""
+    model, x = llama(WAYS[way]), ids(3, 11)
+    cache = model(x[:, :7], past_key_values=None if own else transformers.DynamicCache()).past_key_values
+    choose(cache)
+    assert_close(model(x[chosen, 7:], past_key_values=cache).logits, logits(model, x[chosen])[:, 7:])
+
+
 def test_a_cache_that_is_emptied_begins_anew():
     model, x = llama(WAYS["tokens"]), ids(2, 6)
     cache = model(x).past_key_values
     cache.reset()
+    cache.batch_repeat_interleave(3)  # nothing
     model(x[:, :5], past_key_values=cache)
     assert_close(model(x[:, 5:], past_key_values=cache).logits, logits(model, x)[:, 5:])
 
@@ -171,11 +227,14 @@ def test_caches_that_cannot_be_right_are_refused():
     model, x = llama(WAYS["tokens"]), ids(2, 6)
     cache = model(x).past_key_values
     foreign = llama()(x).past_key_values
-    of_another = llama(WAYS["tokens"])(x).past_key_values
+    another = llama(WAYS["tokens"])
+    of_another = another(x).past_key_values
     cache.crop(-1)
     for wrong, held in ((cache, 5), (foreign, 6), (of_another, 6)):
         with pytest.raises(SettingError, match=rf"past_key_values holds {held} tokens, and the STL layers have seen"):
             model(x, past_key_values=wrong)
+    more = torch.cat([x, x], 1)
+    assert_close(another(x, past_key_values=of_another).logits, logits(another, more)[:, 6:])  # it still is another's
     static = transformers.StaticCache(config=model.config, max_cache_len=20)
     with pytest.raises(SettingError, match="is a StaticCache, and STL layers over tokens go with a Dyn"):
         model(x, past_key_values=static)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from llamas import SIZES
-from running import CONFIGS, QUICK, TIMES, run
+from running import CONFIGS, QUICK, TIMES, evaluate, run
 from texts import stories
 
 import eval as evaluation
@@ -146,6 +146,41 @@ def test_a_checkpoint_is_evaluated(words, dense, capsys):
     assert re.search(rf"perplexity +│ {figures['perplexity']:.3f}", capsys.readouterr().out)
 
 
+@pytest.fixture
+def changed(words, tmp_path) -> tuple[list[str], Path, dict]:
+    """A run with a tokenizer learned from text that was then exchanged: its command line, folder and summary."""
+    text, held_out = tmp_path / "text.txt", tmp_path / "val.txt"
+    text.write_text("|".join(stories(0, 60)))
+    held_out.write_text("|".join(stories(60, 90)))
+    own = ["experiment=llm/small_dense", *words, f"data.root={text}", f"data.val_root={held_out}"]
+    own += ["data.tokenizer=bpe", "data.bpe_vocab_size=270", "trainer.limit_val_batches=1.0"]
+    summary = run(tmp_path / "run", *own)
+    text.write_text("|".join(story.replace("so it goes", "quite another") for story in stories(0, 60)))
+    return own, tmp_path / "run", summary
+
+
+def test_a_tokenizer_learned_from_other_text_is_refused(changed, tmp_path):
+    own, folder, _ = changed
+    last = folder / "checkpoints" / "last.ckpt"
+    message = r"has another vocabulary \(270 tokens, sha256 \w+\) than data.tokenizer \(270 tokens, sha256 \w+\); set"
+    for word in (f"model.weights={last}", f"distillation.teacher={last}", f"ckpt_path={last}"):
+        with pytest.raises(Exception, match=message):
+            run(tmp_path / "other", *own, word)
+    with pytest.raises(SettingError, match=message):
+        run(folder, *own, "trainer.max_epochs=2")
+    assert not (tmp_path / "other").exists()
+    run(tmp_path / "other", *own, f"model.weights={last}", f"data.tokenizer={folder / 'tokenizer'}")
+
+
+def test_a_checkpoint_is_evaluated_with_the_tokenizer_of_its_run(changed):
+    _, folder, summary = changed
+    last = folder / "checkpoints" / "last.ckpt"
+    assert evaluate(last)["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(SettingError, match="has another vocabulary"):
+        evaluate(last)
+
+
 def test_distillation_learns_from_the_teachers_logits(words, dense, tmp_path):
     from models.language.distillation import Distillation
     from models.language.llama import STLLlamaConfig
@@ -183,7 +218,12 @@ def test_distillation_learns_from_the_teachers_logits(words, dense, tmp_path):
         (["model.hidden_size=a"], "model: .*hidden_size"),
         (["model.weights=/nowhere.ckpt"], "checkpoint '/nowhere.ckpt' does not exist"),
         (["model.weights=/nowhere"], "model.weights='/nowhere' cannot be loaded .*; give a .ckpt or .bin file"),
-        (["model.weights={dense}", "model.intermediate_size=40"], "does not fit: size mismatch"),
+        (
+            ["model.weights={dense}", "model.intermediate_size=40"],
+            r"last.ckpt' has intermediate_size=36, model.intermediate_size is 40; make them agree",
+        ),
+        (["model.weights={dense}", "+model.hidden_act=gelu"], "has hidden_act=silu, model.hidden_act is gelu"),
+        (["distillation.teacher={dense}", "model.num_attention_heads=2"], "has num_attention_heads=4"),
         (["model.weights={pretrained}"], "has tie_word_embeddings=False, model.tie_word_embeddings is True; make"),
         (
             ["experiment=llm/small_dense", "model.weights={dense}", "linear=low_rank"],
