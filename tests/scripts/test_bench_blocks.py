@@ -16,6 +16,7 @@ TOP = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
 MLP = Block("mlp", 2, 5, 8, 12)
 ATTENTION = Block("attention", 2, 5, 8, 2)
 WIDE = Block("mlp", 2, 8, 16, 32), Block("attention", 2, 8, 16, 2)  # sizes that cuSPARSELt takes
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without a GPU only")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
 N = 2 * 2  # rows of tiles: 5 tokens make two, in each sample
 
@@ -76,6 +77,7 @@ def test_the_kernels_come_with_and_without_fusion():
     assert facts == {"backend": "triton", "fused": True}
 
 
+@needs_interpreter
 @pytest.mark.parametrize("block", [Block("mlp", 1, 4, 4, 4), Block("attention", 1, 4, 4, 1)])
 def test_the_kernels_are_right(block):
     measured = rows(block, "inference", backends=("triton",))

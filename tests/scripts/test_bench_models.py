@@ -10,6 +10,7 @@ import throughput
 import torch
 from sparse_kernels import emulate
 
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without a GPU only")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
 ERRORS = {f"{plain}{name}": 0.01 for plain in ("", "plain_") for name in ("error", "gradient_error")}
 
@@ -42,6 +43,7 @@ def measured(monkeypatch):
     return measured
 
 
+@needs_interpreter
 def test_each_model_is_compared_with_its_dense_twin(tmp_path, measured, monkeypatch, capsys):
     out = tmp_path / "folder" / "models.json"
     run(monkeypatch, out, "--backends", "torch", "triton")
@@ -61,6 +63,7 @@ def test_each_model_is_compared_with_its_dense_twin(tmp_path, measured, monkeypa
     assert (written["machine"]["compile"], written["machine"]["image_size"]) == ("reduce-overhead", 224)
 
 
+@needs_interpreter
 def test_what_the_file_has_is_not_measured_again(tmp_path, measured, monkeypatch):
     for _ in range(2):
         run(monkeypatch, tmp_path / "file.json", "--models", "t2t_vit_7", "--backends", "torch")
