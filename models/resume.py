@@ -60,14 +60,9 @@ def _differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
         for key in ("seed", "label_smoothing")
         if saved.get(key) != ours[key]
     ]
-    for group in _GROUPS:
+    for group, keys in {**dict.fromkeys(_GROUPS, ()), **_OF_OTHERS}.items():
         theirs, own = saved.get(group) or {}, ours.get(group) or {}
-        for key in dict.fromkeys([*theirs, *own]):
+        for key in keys or dict.fromkeys([*theirs, *own]):
             if not (group == "data" and key in READING) and theirs.get(key) != own.get(key):
                 changed.append(f"{group}.{key} was {theirs.get(key)}, is {own.get(key)}")
-    for group, keys in _OF_OTHERS.items():
-        theirs, own = saved.get(group) or {}, ours.get(group) or {}
-        changed += [
-            f"{group}.{key} was {theirs.get(key)}, is {own.get(key)}" for key in keys if theirs.get(key) != own.get(key)
-        ]
     return changed

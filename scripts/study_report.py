@@ -21,17 +21,8 @@ SAME = ["val_loss", "params", "epochs", "wall_seconds", "device", "git_commit", 
 def columns_of(metric: Metric) -> list[str]:
     """Of every table, before the metric's speeds."""
     macs = "MMACs" if metric.unit == "image" else f"MMACs a {metric.unit}"
-    beginning = [
-        "row",
-        metric.label,
-        "seeds",
-        "against the baseline",
-        "p",
-        "params M",
-        f"linear {macs}",
-        f"total {macs}",
-    ]
-    return [*beginning, "× core / linear / total", "epochs"]
+    costs = ["params M", f"linear {macs}", f"total {macs}", "× core / linear / total"]
+    return ["row", metric.label, "seeds", "against the baseline", "p", *costs, "epochs"]
 
 
 def mean_and_deviation(numbers: Sequence[float]) -> str:

@@ -143,6 +143,15 @@ def test_a_run_folder_holds_one_run(first_run, tmp_path, caplog):
         run(first_run, *words, "seed=1", "optimizer.lr=1.0")
     with pytest.raises(SettingError, match=r"linear\.rank was 16, is 24"):
         run(first_run, *words, "linear.rank=24")
+    changes = r"precision was 32-true, is bf16-mixed; trainer\.gradient_clip_val was None, is 1\.0; callbacks\.ema was"
+    with pytest.raises(SettingError, match=changes):
+        run(
+            first_run,
+            *words,
+            "trainer.precision=bf16-mixed",
+            "trainer.gradient_clip_val=1.0",
+            "callbacks=[default,ema]",
+        )
     assert {path: path.stat().st_mtime_ns for path in first_run.rglob("*")} == before
 
 
