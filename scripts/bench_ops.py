@@ -10,13 +10,14 @@ in higher precision, with --backward all its gradients as well. The file is rewr
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from benchmarking import (
+    REFUSALS,
     Method,
     add_options,
     backends_of,
@@ -25,13 +26,14 @@ from benchmarking import (
     measure,
     one_pass,
     parse_sizes,
+    reason,
     relative_error,
     run_main,
 )
 from torch import Tensor
 
 from models.callbacks import write_json
-from stl import get_basis, stl_linear
+from stl import Basis, get_basis, stl_linear
 from stl.functional import encode_weight
 
 SHAPES = ["51200,384,1152", "51200,768,3072", "16384,2048,5632", "16384,4096,4096", "16384,4096,11008"]
@@ -55,6 +57,10 @@ def operands(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Ten
     """x (n, k), w (m, k) and bias (m,)."""
     make = partial(torch.randn, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
     return make(shape.n, shape.k), make(shape.m, shape.k) / shape.k**0.5, make(shape.m)
+
+
+def basis_of(rank: int) -> Basis:
+    return get_basis(EXACT.get(rank, "frame"), 4, rank)
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
@@ -93,7 +99,7 @@ def methods(
         if not backward:
             yield sparse(x, w, bias)
     for rank in ranks:
-        basis = get_basis(EXACT.get(rank, "frame"), 4, rank)
+        basis = basis_of(rank)
         matrices = [matrix.to(device, dtype) for matrix in (basis.encode_x, basis.decode)]
         weight = encode_weight(w.T.double(), basis.encode_w.to(device)).to(dtype)
         tiles = -(-n // 4)
@@ -108,12 +114,8 @@ def methods(
 
 
 def sparse(x: Tensor, w: Tensor, bias: Tensor) -> Method:
-    """2:4 sparsity by cuSPARSELt with the algorithm that its search finds for this shape."""
-    groups = w.view(-1, 4)
-    kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.abs().topk(2, 1).indices, True)
-    pruned = (groups * kept).view_as(w)
-    compressed = torch._cslt_compress(pruned)
-    best = torch._cslt_sparse_mm_search(compressed, x.T, bias, transpose_result=True)
+    """2:4 sparsity by cuSPARSELt with the algorithm that its search finds for this shape; where it takes no such, as
+    refused."""
 
     def run() -> tuple[Tensor, ...]:
         return (torch._cslt_sparse_mm(compressed, x.T, bias, alg_id=best, transpose_result=True),)
@@ -122,7 +124,16 @@ def sparse(x: Tensor, w: Tensor, bias: Tensor) -> Method:
         return (F.linear(x.float(), pruned.float(), bias.float()),)
 
     macs, numbers = x.shape[0] * w.numel() // 2, x.numel() + x.shape[0] * len(w) + w.numel()
-    return Method("2:4, cuSPARSELt", run, wanted, macs, numbers)
+    method = Method("2:4, cuSPARSELt", run, wanted, macs, numbers)
+    try:
+        groups = w.view(-1, 4)
+        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.abs().topk(2, 1).indices, True)
+        pruned = (groups * kept).view_as(w)
+        compressed = torch._cslt_compress(pruned)
+        best = torch._cslt_sparse_mm_search(compressed, x.T, bias, transpose_result=True)
+    except REFUSALS as error:
+        return replace(method, refused=reason(error))
+    return method
 
 
 def product_error(exact: Tensor, y: Tensor) -> dict[str, Any]:
@@ -137,6 +148,8 @@ def main() -> None:
     add_options(parser, [16, 24, 32, 48, 49], "results/ops.json")
     arguments = parser.parse_args()
     shapes = [Shape.parse(text) for text in arguments.shapes]
+    for rank in arguments.ranks:
+        basis_of(rank)  # before anything is measured
     result = begin(arguments) | {"pass": "forward and backward" if arguments.backward else "forward"}
     for shape in shapes:
         inputs = operands(shape, arguments.device, getattr(torch, arguments.dtype))

@@ -73,3 +73,19 @@ def test_the_file_and_one_line_for_bad_input(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_ops.py", "--device=cpu", "--shapes", "8,8"])
     with pytest.raises(SystemExit, match=r"^error: --shapes 8,8 must be n,k,m: three positive numbers$"):
         benchmarking.run_main(bench_ops.main)
+
+
+def test_a_rank_without_a_basis_ends_it_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(bench_ops, "begin", lambda arguments: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["bench_ops.py", "--device=cpu", "--shapes", "8,8,8", "--ranks", "16", "5"])
+    with pytest.raises(SystemExit, match=r"^error: .*rank=5;"):
+        benchmarking.run_main(bench_ops.main)
+
+
+@pytest.mark.parametrize("k", [10, 16])  # 2:4 wants whole groups of four, and a CPU has no such kernels at all
+def test_what_the_sparse_kernels_do_not_take_is_refused(k):
+    inputs = bench_ops.operands(Shape(8, k, 8), "cpu", torch.bfloat16)
+    (row,) = bench_ops.measure({}, [bench_ops.sparse(*inputs)], TOP)
+    assert row["method"] == "2:4, cuSPARSELt"
+    assert "Error: " in row["refused"]
+    assert "seconds" not in row

@@ -47,6 +47,19 @@ def test_what_is_wrong_has_no_time():
         assert describe("4", row).endswith("WRONG, not timed")
 
 
+def test_a_few_rows_that_are_not_computed_have_no_time():
+    rows = torch.ones(10_000, 4)
+    lost = rows.clone()
+    lost[-16:] = 0
+    torch.manual_seed(0)
+    rounded = (rows * (1 + 0.02 * torch.randn_like(rows))).bfloat16()
+    candidates = {"dense": rows.bfloat16(), "lost": lost.bfloat16(), "rounded": rounded}
+    methods = [Method(name, lambda got=got: (got,), lambda: (rows,), 1, 1) for name, got in candidates.items()]
+    timed = {row["method"]: "seconds" in row for row in measure({}, methods, TOP)}
+    assert relative_error([candidates["lost"]], [rows]) < benchmarking.TOLERANCE[torch.bfloat16]
+    assert timed == {"dense": True, "lost": False, "rounded": True}
+
+
 def test_what_is_refused_is_not_computed_and_says_why():
     refused = replace(method("2:4", ONES * 2), refused="sizes of 3", run=None)
     dense, row, stl = measure({"n": 4}, [method("dense"), refused, method("stl")], TOP)
@@ -142,7 +155,7 @@ def test_a_row_has_all_that_is_known_of_it(monkeypatch):
         {"width": 8}, methods, {"bytes_per_second": 96, "flops_per_second": 1}, lambda y: {"sum": y.sum()}
     )
     assert row == {
-        **{"width": 8, "method": "stl", "rank": 16, "macs": 1, "error": 0, "sum": 16, "seconds": 1.0},
+        **{"width": 8, "method": "stl", "rank": 16, "macs": 1, "error": 0, "row_error": 0, "sum": 16, "seconds": 1.0},
         **{"ratio": 4.0, "ratio_compiled": 2.0, "bound_seconds": 2.0, "bound_ratio": 2.0},
     }
     words = describe("8", row | {"peak_bytes": 2**22})
