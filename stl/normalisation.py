@@ -9,7 +9,7 @@ from torch import Tensor
 class Norm(NamedTuple):
     """LayerNorm, (x − μ)/σ·gain + shift over the last axis, or RMSNorm, x/√(mean x²)·gain, where not `centre`.
 
-    Without `eps`, as in `torch.nn.RMSNorm`, it is that of x's dtype.
+    Without `eps`, as in `torch.nn.RMSNorm`, it is that of the dtype PyTorch computes in: float32 for 16-bit numbers.
     """
 
     gain: Tensor

@@ -59,7 +59,7 @@ def norm_linear(
 
 def norm_encode_gemm(samples: Tensor, norm: Norm, weight: Tensor, encoder: Tensor, rows_first: bool) -> Tensor:
     """The normalisation computes in float32 with what it is given, whatever autocast makes of the layer's weights."""
-    eps = torch.finfo(samples.dtype).eps if norm.eps is None else norm.eps
+    eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
     return torch.ops.stl.norm_encode_gemm(samples, norm.gain, norm.shift, weight, encoder, eps, norm.centre, rows_first)
 
 

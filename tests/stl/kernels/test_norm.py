@@ -67,6 +67,16 @@ def test_low_precision(dtype):
     assert_agree(module(32, 24), gaussian(2, 8, 32, seed=0), dtype, 0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_without_an_eps_it_is_that_of_pytorch(dtype):
+    made = module(32, 24, norm="rms").to(dtype)
+    x = (gaussian(2, 8, 32, seed=0) / 3000).to(dtype)  # whose squares are about as large
+    assert made.norm.eps is None
+    wanted = made(x)
+    made.backend = "triton"
+    assert (made(x) - wanted).norm() <= 0.05 * wanted.norm()
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_the_operator_keeps_the_rules_of_pytorch(norm):
     made = module(13, 10, norm=norm).float()
