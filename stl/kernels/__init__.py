@@ -5,6 +5,7 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from stl.errors import SettingError
 from stl.precision import autocast_dtype
@@ -66,6 +67,9 @@ def _impossible(x: Tensor, dtype: torch.dtype, tile: int, rank: int) -> str | No
             return f"has no {name} {value}, only {', '.join(str(choice) for choice in allowed)}; use backend='auto'"
     if rank > HIGHEST_RANK:
         return f"has ranks to {HIGHEST_RANK}, not {rank}; use backend='auto'"
+    # The operators would lose tangents silently.
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return "has no forward-mode derivatives and no transforms of torch.func; use backend='auto'"
     if not HAS_TRITON:
         return "needs the package triton, which is not installed, or broken; use backend='auto'"
     if INTERPRETED:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from stl.errors import SettingError
 from stl.kernels.decode import decode, decode_gradient
 from stl.kernels.encode import encode, encode_gradient
 from stl.kernels.weight_gradient import weight_gradient
@@ -71,6 +72,11 @@ def sample_view(x: Tensor, rows_first: bool) -> Tensor:
     return x.transpose(0, 1) if rows_first else x
 
 
+def only_once(*_: Any) -> None:
+    """The gradient of the operator of a backward pass."""
+    raise SettingError("the kernels have no gradients of gradients; use backend='torch'")
+
+
 # --- encode and multiply -----------------------------------------------------------------------------------------
 
 
@@ -129,6 +135,7 @@ def _differentiate_encode_gemm(ctx: Any, gradient: Tensor) -> tuple[Tensor | Non
 
 
 _encode_gemm.register_autograd(_differentiate_encode_gemm, setup_context=_keep_input)
+_encode_gemm_backward.register_autograd(only_once)
 
 
 @register_flop_formula(torch.ops.stl.encode_gemm)
@@ -218,6 +225,7 @@ def _differentiate_decode(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ..
 
 
 _decode.register_autograd(_differentiate_decode, setup_context=_keep_channels)
+_decode_backward.register_autograd(only_once)
 
 
 @register_flop_formula(torch.ops.stl.decode)

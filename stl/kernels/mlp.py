@@ -19,6 +19,7 @@ from stl.kernels.linear import (
     contiguous,
     encode_gemm,
     encode_gemm_macs,
+    only_once,
     tile_of,
     wanted,
 )
@@ -148,6 +149,7 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _hidden_gemm.register_autograd(_differentiate, setup_context=_keep)
+_hidden_gemm_backward.register_autograd(only_once)
 
 
 @register_flop_formula(torch.ops.stl.hidden_gemm)

@@ -20,6 +20,7 @@ from stl.kernels.linear import (
     as_samples,
     contiguous,
     encode_gemm_macs,
+    only_once,
     rows_of_tiles,
     sample_view,
     tile_of,
@@ -238,6 +239,7 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _norm_encode_gemm.register_autograd(_differentiate, setup_context=_keep)
+_norm_encode_gemm_backward.register_autograd(only_once)
 
 
 @register_flop_formula(torch.ops.stl.norm_encode_gemm)
