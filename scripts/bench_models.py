@@ -26,8 +26,7 @@ from throughput import Case, How, measure_all
 from models.build import check_name
 from models.compiling import MODES
 from stl import get_basis
-from stl.functional import BACKENDS
-from stl.kernels import use_triton
+from stl.kernels import BACKENDS, use_triton
 
 MODELS = ["t2t_vit_7", "t2t_vit_14", "deit_small_patch16_224", "deit_base_patch16_224"]
 

@@ -27,8 +27,8 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT as Compressed
 from models.callbacks import git_commit
 from models.semi_structured import SemiStructuredLinear, compress
 from models.sparse24 import Sparse24Linear
-from stl import STLMLP, SettingError, STLLinear, count_flops
-from stl.functional import BACKENDS
+from stl import SettingError, STLLinear, count_flops
+from stl.kernels import BACKENDS
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative, of each whole tensor
 OF_A_ROW = 5  # times that is how far a row may be off, beside a usual one: a row that was left out is off by all of it
@@ -75,9 +75,9 @@ def one_pass(
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Let this backend compute every STL layer and MLP of the model."""
+    """Let this backend compute every STL layer of the model, and so every MLP of them."""
     for module in model.modules():
-        if isinstance(module, STLLinear | STLMLP):
+        if isinstance(module, STLLinear):
             module.backend = backend
 
 

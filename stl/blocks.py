@@ -222,7 +222,7 @@ def _compute(
     if isinstance(layer, STLMLP):
         y = layer(x, added, norm)
     elif norm is not None and fits(layer) and goes_with(norm, x) and layer.uses_kernels(x):
-        y = norm_linear(norm, layer, x, layer.backend, added)
+        y = norm_linear(norm, layer, x, added)
     else:
         y = layer(x if norm is None else norm.apply(x), added)
     return y if residual is added else y + residual

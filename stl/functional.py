@@ -16,7 +16,6 @@ from stl.errors import SettingError
 from stl.precision import autocast_dtype
 
 ROW_AXES = ("tokens", "batch")
-BACKENDS = ("auto", "torch", "triton")
 
 
 def _side(entries: int) -> int:
@@ -84,7 +83,7 @@ def stl_linear(
         SettingError: shapes, dtypes or devices that do not fit each other; an unknown row_axis; a backend that is
             unknown or cannot run here.
     """
-    tile, out_features = check_arguments(x, weight, encoder, decoder, bias, row_axis, out_features, backend)
+    tile, out_features = check_arguments(x, weight, encoder, decoder, bias, row_axis, out_features)
     check_residual(residual, x, out_features)
     if kernels.use_triton(backend, x, tile, len(weight)):
         from stl.kernels.linear import linear  # needs triton
@@ -125,13 +124,10 @@ def check_arguments(
     bias: Tensor | None,
     row_axis: str,
     out_features: int | None,
-    backend: str,
 ) -> tuple[int, int]:
-    """Validate the arguments of `stl_linear`; returns (tile, out_features)."""
+    """Validate the arguments of `stl_linear` but for its backend; returns (tile, out_features)."""
     if row_axis not in ROW_AXES:
         raise SettingError(f"row_axis={row_axis!r} is unknown; choose one of {', '.join(ROW_AXES)}")
-    if backend not in BACKENDS:
-        raise SettingError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if weight.ndim != 3 or encoder.ndim != 2 or encoder.shape != decoder.shape or len(encoder) != len(weight):
         raise SettingError(
             "stl_linear needs weight (r, K, M), encoder (r, t²) and decoder (r, t²); got "

@@ -29,11 +29,9 @@ class STLMLP(nn.Module):
     Input (..., n, k), output (..., n, m). A residual of the output's shape is added to it, and a norm applied to the
     input; with kernels neither is a pass over memory of its own. The numbers are those of the layers one after the
     other. The layers keep the names that they are given, in the order first, up, second, so that state dicts stay as
-    they were. The attribute `backend`, "auto", says what computes it, as in `stl_linear`. Raises SettingError where
-    the layers do not fit each other, or for an unknown activation.
+    they were. The attribute `backend` is theirs: all get what is set, and where they differ it is "mixed", and each
+    computes alone. Raises SettingError where the layers do not fit each other, or for an unknown activation.
     """
-
-    backend = "auto"
 
     def __init__(
         self,
@@ -79,7 +77,7 @@ class STLMLP(nn.Module):
 
     def uses_kernels(self, x: Tensor) -> bool:
         """As that of a layer."""
-        if any(layer.stream is not None for layer in self.layers):
+        if self.backend == "mixed" or any(layer.stream is not None for layer in self.layers):
             return False
         return kernels.use_triton(self.backend, x, self.layers[0].tile, max(layer.rank for layer in self.layers))
 
@@ -90,7 +88,7 @@ class STLMLP(nn.Module):
         rows = first.with_rows(x)
         between = rows[..., :1].expand(*rows.shape[:-1], first.out_features)  # of that shape, dtype and device
         for layer, given in [(layer, rows) for layer in (first, *up)] + [(second, between)]:
-            check_arguments(given, *layer.tensors(), layer.row_axis, layer.out_features, self.backend)
+            check_arguments(given, *layer.tensors(), layer.row_axis, layer.out_features)
         y = mlp(
             rows,
             first.tensors(),
@@ -109,6 +107,16 @@ class STLMLP(nn.Module):
     def layers(self) -> list[STLLinear]:
         """first, up where the MLP is gated, second."""
         return [getattr(self, name) for name in self.names]
+
+    @property
+    def backend(self) -> str:
+        first, *others = [layer.backend for layer in self.layers]
+        return first if all(other == first for other in others) else "mixed"
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        for layer in self.layers:
+            layer.backend = backend
 
     @property
     def out_features(self) -> int:

@@ -45,11 +45,9 @@ def _fused(module: nn.Module) -> STLMLP | None:
     if evaluated is None or trained is None or evaluated != trained._replace(dropout=0.0):
         return None
     first, *up, second = (getattr(module, name) for name in trained.names)
-    backends = {layer.backend for layer in layers}
-    if not fit(first, up[0] if up else None, second) or len(backends) > 1:
+    if not fit(first, up[0] if up else None, second) or len({layer.backend for layer in layers}) > 1:
         return None
     fused = STLMLP(first, trained.activation, second, trained.names, trained.dropout, up=up[0] if up else None)
-    fused.backend = backends.pop()
     return fused if fused.state_dict().keys() == module.state_dict().keys() else None
 
 

@@ -16,12 +16,10 @@ from stl.precision import autocast_dtype
 class STLNormLinear(nn.Module):
     """norm → linear, (..., n, k) → (..., n, m), for a `torch.nn.LayerNorm` or `torch.nn.RMSNorm` over the k features.
 
-    The numbers are those of one after the other. The attribute `backend`, "auto", says what computes it, as in
-    `stl_linear`; kernels take up to 256 tiles in a row of tiles, wider layers are computed one after the other.
-    Raises SettingError for another normalisation.
+    The numbers are those of one after the other. The attribute `backend` is that of the layer; kernels take up to 256
+    tiles in a row of tiles, wider layers are computed one after the other. Raises SettingError for another
+    normalisation.
     """
-
-    backend = "auto"
 
     def __init__(self, norm: nn.LayerNorm | nn.RMSNorm, linear: STLLinear) -> None:
         super().__init__()
@@ -34,10 +32,17 @@ class STLNormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         linear, norm = self.linear, self.norm
         parts = Norm(norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, nn.LayerNorm))
-        alone = linear.stream is not None or not fits(linear) or not goes_with(parts, x)
-        if alone or not kernels.use_triton(self.backend, x, linear.tile, linear.rank):
-            return linear(norm(x))
-        return norm_linear(parts, linear, x, self.backend, None)
+        if fits(linear) and goes_with(parts, x) and linear.uses_kernels(x):
+            return norm_linear(parts, linear, x, None)
+        return linear(norm(x))
+
+    @property
+    def backend(self) -> str:
+        return self.linear.backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        self.linear.backend = backend
 
 
 def fits(linear: STLLinear) -> bool:
@@ -52,12 +57,12 @@ def goes_with(norm: Norm, x: Tensor) -> bool:
     return alike and all(tensor.device == x.device for tensor in numbers)
 
 
-def norm_linear(norm: Norm, linear: STLLinear, x: Tensor, backend: str, residual: Tensor | None) -> Tensor:
+def norm_linear(norm: Norm, linear: STLLinear, x: Tensor, residual: Tensor | None) -> Tensor:
     """linear(norm(x)) + residual by kernels, for a layer that fits."""
     from stl.kernels.norm import norm_linear  # needs triton
 
     rows, layer = linear.with_rows(x), linear.tensors()
-    check_arguments(rows, *layer, linear.row_axis, linear.out_features, backend)
+    check_arguments(rows, *layer, linear.row_axis, linear.out_features)
     residual = linear.with_rows_of(x, residual)
     y = norm_linear(rows, norm, layer, linear.row_axis, linear.out_features, residual)
     return y.view(*x.shape[:-1], linear.out_features)

@@ -22,6 +22,7 @@ def _has_triton() -> bool:
 
 HAS_TRITON = _has_triton()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ("auto", "torch", "triton")
 TILES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_NORMALISED_TILES = 256  # in a row of tiles, which one program then holds
@@ -32,8 +33,10 @@ LEAST_WORK, LEAST_WORK_OF_TRAINING = 2**24, 2**26
 def use_triton(backend: str, x: Tensor, tile: int, rank: int) -> bool:
     """Whether the kernels take this call; "auto" leaves to the reference what is slower by them, or impossible.
 
-    Raises SettingError where backend="triton" is impossible.
+    Raises SettingError for an unknown backend, and where backend="triton" is impossible.
     """
+    if backend not in BACKENDS:
+        raise SettingError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "torch":
         return False
     dtype = autocast_dtype(x) or x.dtype
