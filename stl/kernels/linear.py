@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from stl.errors import SettingError
+from stl.kernels.autocast import as_autocast, register_autocast
 from stl.kernels.decode import decode, decode_gradient
 from stl.kernels.encode import encode, encode_gradient
 from stl.kernels.weight_gradient import weight_gradient
-from stl.precision import autocast_dtype
 
 Layer = tuple[Tensor, Tensor, Tensor, Tensor | None]  # weight, encoder, decoder, bias
 
@@ -49,12 +49,6 @@ def as_samples(x: Tensor, row_axis: str) -> tuple[Tensor, bool]:
 def added(residual: Tensor | None, row_axis: str) -> Tensor | None:
     """As `stl::decode` takes it; autocast leaves it as precise as it is."""
     return None if residual is None else as_samples(residual, row_axis)[0]
-
-
-def as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in the dtype that autocast asks for where x is; in x's own outside of autocast."""
-    dtype = autocast_dtype(x) or x.dtype
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def contiguous(vector: Tensor | None) -> Tensor | None:
@@ -136,6 +130,7 @@ def _differentiate_encode_gemm(ctx: Any, gradient: Tensor) -> tuple[Tensor | Non
 
 _encode_gemm.register_autograd(_differentiate_encode_gemm, setup_context=_keep_input)
 _encode_gemm_backward.register_autograd(only_once)
+register_autocast(_encode_gemm, 0, 2)
 
 
 @register_flop_formula(torch.ops.stl.encode_gemm)
@@ -226,6 +221,7 @@ def _differentiate_decode(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ..
 
 _decode.register_autograd(_differentiate_decode, setup_context=_keep_channels)
 _decode_backward.register_autograd(only_once)
+register_autocast(_decode, 0, 2)
 
 
 @register_flop_formula(torch.ops.stl.decode)

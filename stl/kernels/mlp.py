@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from stl.kernels.autocast import as_autocast, register_autocast
 from stl.kernels.hidden import Coded, hidden, hidden_gradient
 from stl.kernels.linear import (
     Layer,
     added,
-    as_autocast,
     as_samples,
     contiguous,
     encode_gemm,
@@ -150,6 +150,7 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 _hidden_gemm.register_autograd(_differentiate, setup_context=_keep)
 _hidden_gemm_backward.register_autograd(only_once)
+register_autocast(_hidden_gemm, 0, 7)
 
 
 @register_flop_formula(torch.ops.stl.hidden_gemm)

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from stl.kernels.autocast import as_autocast, register_autocast
 from stl.kernels.linear import (
     Layer,
     added,
-    as_autocast,
     as_samples,
     contiguous,
     encode_gemm_macs,
@@ -240,6 +240,7 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 _norm_encode_gemm.register_autograd(_differentiate, setup_context=_keep)
 _norm_encode_gemm_backward.register_autograd(only_once)
+register_autocast(_norm_encode_gemm, 3, 4)
 
 
 @register_flop_formula(torch.ops.stl.norm_encode_gemm)
