@@ -63,8 +63,10 @@ def fuse_blocks(model: nn.Module) -> list[str]:
     What a module computes is read off its traced graph, whatever its class, separately in training and in evaluation.
     Where the last step of f is an STL layer or MLP, its decode adds x; steps that change nothing, as dropout of
     probability 0, or DropPath in evaluation, are none. Where a LayerNorm or RMSNorm feeds one STL layer or MLP only,
-    which may stand inside an attention module, it is computed as that encodes. Behind LayerScale, and behind dropout
-    and DropPath in training, the addition stays, and a module that cannot be traced stays as it is.
+    which may stand inside an attention module, it is computed as that encodes, up to 256 tiles wide: 1024 features at
+    t = 4. Behind LayerScale, and behind dropout and DropPath in training, the addition stays. A module that cannot be
+    traced stays as it is, and so does one that takes any keywords, as transformers' do: such models call their blocks
+    with more than x, for which there is no graph, and their norms are their own classes.
 
     Returns the names of the MLPs and the blocks; state dicts stay as they were. With kernels a block's mode is that of
     all that stands in it, probabilities and other attributes are those of this moment, and hooks that modules in it get
@@ -81,11 +83,15 @@ def fuse_blocks(model: nn.Module) -> list[str]:
         rewriters = {training: _Rewriter(module, graph) for training, graph in graphs.items() if graph is not None}
         if len(rewriters) < 2:
             leaves.add(module)
-        elif any(rewriter.fused for rewriter in rewriters.values()):
+        elif any(rewriter.fused for rewriter in rewriters.values()) and not _takes_any_keywords(module):
             _fuse(module, rewriters)
             leaves.add(module)
             found.append(name)
     return [name for name, _ in model.named_modules() if name in found]
+
+
+def _takes_any_keywords(module: nn.Module) -> bool:
+    return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(module.forward).parameters.values())
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -193,6 +193,13 @@ class Augmented(Branch):
         return x + y
 
 
+class Keywords(Branch):
+    """As transformers' blocks, which are called with more than x."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **others: Tensor) -> Tensor:
+        return x + self.layer(self.norm(x))
+
+
 class Scaled(Branch):
     """Another argument, which the traced graph does not have."""
 
@@ -205,6 +212,11 @@ def test_whatever_else_is_left_alone(kind):
     model = nn.Sequential(kind())
     assert fuse_blocks(model) == []
     assert type(model[0]) is kind
+
+
+def test_what_takes_any_keywords_is_left_alone_but_where_it_is_seen_to_get_none():
+    assert fuse_blocks(Keywords()) == []
+    assert fuse_blocks(nn.Sequential(Keywords())) == [""]
 
 
 def test_what_has_hooks_is_left_alone():

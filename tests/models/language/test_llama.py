@@ -8,7 +8,7 @@ from llamas import WAYS, ids, llama, stl_layers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from stl import STLMLP, SettingError, convert, count_flops, fuse_mlps
+from stl import STLMLP, SettingError, convert, count_flops, fuse_blocks, fuse_mlps
 
 transformers = pytest.importorskip("transformers")
 
@@ -260,6 +260,10 @@ def test_its_mlps_are_found_for_the_kernels():
     assert_close(logits(model, x), wanted)
     cache = model(x[:, :5]).past_key_values
     assert_close(model(x[:, 5:], past_key_values=cache).logits, wanted[:, 5:])
+
+
+def test_of_its_blocks_nothing_else_is_fused():
+    assert fuse_blocks(llama(WAYS["tokens"])) == ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
 def test_training_keeps_it_causal():
