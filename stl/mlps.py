@@ -20,8 +20,8 @@ def fuse_mlps(model: nn.Module) -> list[str]:
     What a module computes is read off its traced graph, in training and in evaluation: first → activation → second, or
     second(activation(first(x))·up(x)), of STL layers with GELU (exact or tanh), ReLU or SiLU, dropout before the output
     only. Left alone is what has hooks or a patched forward, parameters or buffers of its own, a forward of more than
-    one argument, or layers of different backends. Returns the names of what was replaced; state dicts stay as they
-    were, other attributes of the modules are gone.
+    one argument or one that changes the module, or layers of different backends. Returns the names of what was
+    replaced; state dicts stay as they were, other attributes of the modules are gone.
     """
     replaced = []
     for name, module in list(model.named_modules()):

@@ -9,13 +9,15 @@ from torch import Tensor, fx, nn
 
 from stl.linear import STLLinear
 from stl.mlp import STLMLP
+from stl.unchanged import unchanged
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 DEVICES = ("cpu", "cuda")
 
 
 def trace(module: nn.Module, training: bool, leaves: set[nn.Module]) -> fx.Graph | None:
-    """What `module(x)` computes in this mode, other arguments left at their defaults; None where no graph says it.
+    """What `module(x)` computes in this mode, other arguments left at their defaults; None where no graph says it,
+    as where it also changes something. The module stays as it is.
 
     Calls in it are those of STL layers and MLPs, of `leaves`, and of PyTorch's own modules but for norms, dropout and
     identities, which are functions in it or vanish.
@@ -26,7 +28,7 @@ def trace(module: nn.Module, training: bool, leaves: set[nn.Module]) -> fx.Graph
     graphs = []
     for autocast in (False, True):
         try:
-            with _mode(module, training, autocast):
+            with _mode(module, training, autocast), unchanged(module):
                 graphs.append(_Tracer(leaves).trace(module))
         except Exception:  # whatever a model's code may raise when it is traced
             return None

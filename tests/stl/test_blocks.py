@@ -193,6 +193,40 @@ class Augmented(Branch):
         return x + y
 
 
+class Counting(Branch):
+    """Changes itself in every way that there is."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.steps, self.sizes, self.seen = way, 0, {"x": [300]}, {1}
+        self.register_buffer("count", torch.zeros(()))
+        self.mean = torch.zeros(())  # of no state dict
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.way:
+            case "attribute":
+                self.steps += 1
+            case "new attribute":
+                self.last = x
+            case "buffer":
+                self.count += 1
+            case "another buffer":
+                self.count = self.count + 1
+            case "tensor":
+                self.mean.copy_(self.count + 1)
+            case "list in a dict":
+                self.sizes["x"].append(x)
+            case "set":
+                self.seen.add(2)
+            case "inner module":
+                self.norm.steps = 1
+        return x + self.layer(self.norm(x))
+
+    def state(self) -> str:
+        kept = [self.steps, self.sizes, self.seen, self.count.item(), self.mean.item()]
+        return f"{kept} {sorted(vars(self))} {sorted(vars(self.norm))}"
+
+
 class Keywords(Branch):
     """As transformers' blocks, which are called with more than x."""
 
@@ -217,6 +251,19 @@ def test_whatever_else_is_left_alone(kind):
 def test_what_takes_any_keywords_is_left_alone_but_where_it_is_seen_to_get_none():
     assert fuse_blocks(Keywords()) == []
     assert fuse_blocks(nn.Sequential(Keywords())) == [""]
+
+
+WAYS = ["attribute", "new attribute", "buffer", "another buffer", "tensor", "list in a dict", "set", "inner module"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_changes_itself_is_left_alone_and_unchanged(way):
+    model = nn.Sequential(Counting(way).train())
+    before, buffer = model[0].state(), model[0].count
+    assert fuse_blocks(model) == []
+    assert model[0].state() == before
+    assert model[0].count is buffer
+    assert fuse_blocks(nn.Sequential(Counting("not at all"))) == ["0"]
 
 
 def test_what_has_hooks_is_left_alone():
