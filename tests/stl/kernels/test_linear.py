@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from agreement import DEVICE, gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,6 +87,18 @@ def test_odd_sizes(sizes):
 def test_sums_over_many_rows_of_tiles(rows, monkeypatch):
     monkeypatch.setattr("stl.kernels.tiles.PROGRAMS", 8 // rows)  # each takes several rows, the last fewer
     assert_agree(operands((5, 13, 70), 75, "hadamard", 4, 16), torch.float32, 2e-6)
+
+
+def test_tiles_that_are_all_full_in_rows_of_tiles_that_are_not(monkeypatch):
+    for programs in ("tiles.PROGRAMS", "decode.MANY_PROGRAMS"):
+        monkeypatch.setattr(f"stl.kernels.{programs}", 4)  # of 15 rows of tiles each takes two
+    assert_agree(operands((5, 12, 20), 20, "hadamard", 4, 16), torch.float32, 2e-6)
+
+
+def test_nothing_is_read_behind_rows_that_end_with_a_tile():
+    arguments = operands((2, 8, 60), 20, "hadamard", 4, 16)  # 15 tiles and, for alignment, one of zeros
+    arguments[0] = F.pad(arguments[0].float(), (0, 4), value=float("nan"))[..., :60]
+    assert_agree(arguments, torch.float32, 2e-6)
 
 
 @pytest.mark.parametrize(

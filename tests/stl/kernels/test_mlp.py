@@ -65,7 +65,8 @@ def test_odd_shapes(shape):
 
 
 def test_sums_over_many_rows_of_tiles(monkeypatch):
-    monkeypatch.setattr("stl.kernels.tiles.PROGRAMS", 3)
+    for programs in ("tiles.PROGRAMS", "hidden.MANY_PROGRAMS"):
+        monkeypatch.setattr(f"stl.kernels.{programs}", 3)
     assert_agree(mlp((5, 70, 9), up=(4, 16, "hadamard")), gaussian(5, 13, 5, seed=0))
 
 

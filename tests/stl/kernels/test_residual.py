@@ -122,6 +122,17 @@ def test_under_autocast_the_residual_and_the_sum_stay_float32(make):
     assert torch.equal(results["triton"][2], gaussian(2, 5, 6, seed=3).float())
 
 
+def test_the_gradient_of_the_bias_is_summed_before_rounding():
+    layer = STLLinear(7, 6).to(DEVICE)
+    layer.backend = "triton"
+    x, residual = gaussian(2, 4, 7, seed=0).float(), gaussian(2, 4, 6, seed=1).float()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = layer(x, residual)
+    gradient = torch.tensor([1 + 2**-10, -1], device=DEVICE)[:, None, None].expand(2, 4, 6)  # in bf16 ±1
+    (dbias,) = torch.autograd.grad(y, layer.bias, gradient)
+    assert torch.equal(dbias, torch.full_like(dbias, 4 * 2**-10))
+
+
 def test_a_less_precise_residual_is_added_before_rounding():
     layer = STLLinear(7, 6).to(DEVICE)
     x, residual = gaussian(2, 5, 7, seed=0).float(), gaussian(2, 5, 6, seed=1).bfloat16().requires_grad_()
