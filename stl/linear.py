@@ -253,5 +253,13 @@ class STLLinear(nn.Module):
         self._reset_outside()
 
 
+def check_is_stl(*layers: nn.Module) -> None:
+    """Raises SettingError where one of them is no STLLinear."""
+    for layer in layers:
+        if not isinstance(layer, STLLinear):
+            got = type(layer).__name__
+            raise SettingError(f"{got} is no STLLinear; STLLinear.from_linear makes one of a dense layer")
+
+
 def _decode_spec(spec: Tensor) -> str:
     return bytes(spec.tolist()).decode("ascii", "replace").strip()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stl import kernels
 from stl.errors import SettingError
 from stl.functional import check_arguments, check_residual
-from stl.linear import STLLinear
+from stl.linear import STLLinear, check_is_stl
 from stl.norm_linear import fits, goes_with
 from stl.normalisation import Norm
 
@@ -30,7 +30,8 @@ class STLMLP(nn.Module):
     input; with kernels neither is a pass over memory of its own. The numbers are those of the layers one after the
     other. The layers keep the names that they are given, in the order first, up, second, so that state dicts stay as
     they were. The attribute `backend` is theirs: all get what is set, and where they differ it is "mixed", and each
-    computes alone. Raises SettingError where the layers do not fit each other, or for an unknown activation.
+    computes alone. Raises SettingError where the layers are no STLLinear or do not fit each other, or for an unknown
+    activation.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class STLMLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise SettingError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+        layers = [first, *([] if up is None else [up]), second]
+        check_is_stl(*layers)
         if not fit(first, up, second):
             before = f"{first}" if up is None else f"{first} and {up}"
             raise SettingError(f"{second} cannot follow {before}: sizes, tiles and row axes must agree")
-        layers = [layer for layer in (first, up, second) if layer is not None]
         self.activation, self.dropout = activation, dropout
         self.names = tuple(names or (("fc1", "fc2") if up is None else ("gate_proj", "up_proj", "down_proj")))
         if len(self.names) != len(layers):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from stl import kernels
 from stl.errors import SettingError
 from stl.functional import check_arguments
-from stl.linear import STLLinear
+from stl.linear import STLLinear, check_is_stl
 from stl.normalisation import Norm
 from stl.precision import autocast_dtype
 
@@ -18,11 +18,12 @@ class STLNormLinear(nn.Module):
 
     The numbers are those of one after the other. The attribute `backend` is that of the layer; kernels take up to 256
     tiles in a row of tiles, wider layers are computed one after the other. Raises SettingError for another
-    normalisation.
+    normalisation or layer.
     """
 
     def __init__(self, norm: nn.LayerNorm | nn.RMSNorm, linear: STLLinear) -> None:
         super().__init__()
+        check_is_stl(linear)
         if type(norm) not in (nn.LayerNorm, nn.RMSNorm) or norm.weight is None:
             raise SettingError(f"{norm} must be a LayerNorm or an RMSNorm with weights")
         if tuple(norm.normalized_shape) != (linear.in_features,):

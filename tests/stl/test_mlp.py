@@ -235,6 +235,8 @@ def test_every_mlp_of_a_vision_transformer(make, found):
     ("first", "activation", "second", "said"),
     [
         (stl(6, 8), "tanh", stl(8, 6), "activation='tanh' is unknown; choose one of gelu, gelu_tanh, relu, silu"),
+        (nn.Linear(6, 8), "gelu", stl(8, 6), r"^Linear is no STLLinear; STLLinear\.from_linear"),
+        (stl(6, 8), "gelu", nn.Linear(8, 6), r"^Linear is no STLLinear; STLLinear\.from_linear"),
         (stl(6, 8), "gelu", stl(9, 6), "sizes, tiles and row axes must agree"),
         (stl(6, 8), "gelu", STLLinear(8, 6), "sizes, tiles and row axes must agree"),
     ],
@@ -247,5 +249,7 @@ def test_layers_that_do_not_fit_get_one_line(first, activation, second, said):
 def test_an_up_that_does_not_fit_gets_one_line():
     with pytest.raises(SettingError, match=r"and .* sizes, tiles and row axes must agree"):
         STLMLP(stl(6, 8), "silu", stl(8, 6), up=stl(5, 8))
+    with pytest.raises(SettingError, match=r"^Linear is no STLLinear"):
+        STLMLP(stl(6, 8), "silu", stl(8, 6), up=nn.Linear(6, 8))
     with pytest.raises(SettingError, match="must be 3, one for each layer"):
         STLMLP(stl(6, 8), "silu", stl(8, 6), ("a", "b"), up=stl(6, 8))

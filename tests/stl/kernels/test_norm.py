@@ -143,3 +143,8 @@ def test_what_is_too_wide_for_one_program_is_computed_one_after_the_other(monkey
 def test_another_norm_gets_one_line(norm, said):
     with pytest.raises(SettingError, match=said):
         STLNormLinear(norm, STLLinear(13, 10))
+
+
+def test_a_dense_layer_gets_one_line():
+    with pytest.raises(SettingError, match=r"^Linear is no STLLinear; STLLinear\.from_linear"):
+        STLNormLinear(nn.LayerNorm(13), nn.Linear(13, 10))
