@@ -10,6 +10,7 @@ import hydra
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -57,9 +58,12 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     task, data, averaged = restore(checkpoint, path, trained, cfg.averaged)
     samples = whole_samples(task.model)
     flops = count_flops(task.model, (samples, *data.input_shape), data.input_dtype).to_dict()
-    trainer = pl.Trainer(
-        accelerator=cfg.accelerator, devices=1, precision=cfg.precision, logger=False, enable_model_summary=False
-    )
+    try:
+        trainer = pl.Trainer(
+            accelerator=cfg.accelerator, devices=1, precision=cfg.precision, logger=False, enable_model_summary=False
+        )
+    except (ValueError, MisconfigurationException) as error:
+        raise SettingError(str(error)) from error
     metrics = trainer.validate(task, data, verbose=False)[0]
     task.to(trainer.strategy.root_device).eval()
     with trainer.precision_plugin.forward_context():

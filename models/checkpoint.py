@@ -30,6 +30,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Any], Path]:
     Raises SettingError where the file is missing, is not a checkpoint of ours, or no readable one is left.
     """
     path = Path(path)
+    if path.is_dir():
+        raise SettingError(f"checkpoint {str(path)!r} is a folder; give a .ckpt file, of a run checkpoints/last.ckpt")
     if not path.is_file():
         raise SettingError(f"checkpoint {str(path)!r} does not exist; give the path of a .ckpt file")
     real = path.resolve()

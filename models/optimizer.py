@@ -45,7 +45,7 @@ def build_optimizer(
 
     Raises SettingError where `groups` does not name exactly the four roles, or a number is out of range.
     """
-    if not (math.isfinite(lr) and lr > 0):
+    if not (_is_number(lr) and lr > 0):
         raise SettingError(f"optimizer.lr={lr} must be a positive number")
     if set(groups) != set(ROLES):
         raise SettingError(f"optimizer.groups has {sorted(groups)}; it needs exactly {', '.join(ROLES)}")
@@ -56,7 +56,7 @@ def build_optimizer(
         members = [parameters[name] for name, own in roles.items() if own == role]
         if members:
             settings = groups[role]
-            if not all(math.isfinite(value) and value >= 0 for value in settings.values()):
+            if not all(_is_number(value) and value >= 0 for value in settings.values()):
                 raise SettingError(f"optimizer.groups.{role}={dict(settings)} must hold numbers that are not negative")
             param_groups.append(
                 {
@@ -67,6 +67,10 @@ def build_optimizer(
                 }
             )
     return algorithm(param_groups, lr=lr)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def cosine_schedule(

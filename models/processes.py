@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -13,9 +13,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, read_write
 
 
-def run_name() -> str:
-    """The folder of a run below outputs/: its experiment's name, or its data's where it has none."""
-    choices = HydraConfig.get().runtime.choices
+def run_name(choices: Mapping[str, str | None]) -> str | None:
+    """The folder of a run below outputs/: its experiment's name, or its data's where it has none.
+
+    `choices` are those of the config groups; HydraConfig, which has them too, is not set when a sweep's folder is named.
+    """
     return choices["experiment"] or choices["data"]
 
 

@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", help="those that a basis has; default: some for each tile")
     parser.add_argument("--images", type=int, default=512, help="training images for calibration")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("results/conversion.json"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/conversion.json"))
     arguments = parser.parse_args()
     if arguments.images < 1:
         raise SettingError(f"--images {arguments.images} must be a positive number")

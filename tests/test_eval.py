@@ -47,6 +47,13 @@ def test_other_data_and_batch_sizes_can_be_asked_for(trained):
     assert json.loads((folder / "eval.json").read_text())["val_loss"] != summary["val_loss"]
 
 
+def test_what_lightning_does_not_take_gets_one_line(trained):
+    result = evaluate(trained[0] / "checkpoints" / "last.ckpt", "precision=foo")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: Precision 'foo' is invalid")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(trained, tmp_path):
     folder, _ = trained
     kept = next((folder / "checkpoints").glob("001-*.ckpt"))
@@ -63,6 +70,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(trained, tmp_path):
     [
         ([], "error: ckpt is not set; give a checkpoint: python eval.py ckpt="),
         (["ckpt=nowhere.ckpt"], "error: checkpoint 'nowhere.ckpt' does not exist"),
+        (["ckpt=models"], "error: checkpoint 'models' is a folder; give a .ckpt file"),
     ],
 )
 def test_a_missing_checkpoint_gets_one_line(words, message):

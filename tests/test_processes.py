@@ -154,9 +154,10 @@ def cluster(tmp_path) -> dict[str, str]:
 
 def test_slurm_through_submitit(cluster, tmp_path):
     words = [*SHORT, "launcher=submitit_slurm", "hydra.launcher.gpus_per_node=0"]
-    result = program("train.py", *words, f"hydra.sweep.dir={tmp_path / 'sweep'}", env=cluster)
+    result = program("train.py", *words, env=cluster, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "sweep" / "0" / "summary.json").read_text())["devices"] == 2
+    (folder,) = (tmp_path / "outputs" / "digits").iterdir()
+    assert json.loads((folder / "0" / "summary.json").read_text())["devices"] == 2
     script = (tmp_path / "cluster" / "script").read_text()
     text = Path(script.strip()).read_text()
     for line in ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=16", "--signal=USR2@120", "--time=1440"):

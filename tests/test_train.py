@@ -332,10 +332,10 @@ def test_an_unknown_key_is_hydras_error(override, tmp_path):
 
 
 def test_a_sweep_over_ranks_gives_a_summary_each(tmp_path):
-    words = [*QUICK, "linear.tile=4", "linear.rank=16,24", "logger=csv", f"hydra.sweep.dir={tmp_path}"]
-    result = program("train.py", "-m", *words)
+    result = program("train.py", "-m", *QUICK, "linear.tile=4", "linear.rank=16,24", "logger=csv", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    ranks = [json.loads((tmp_path / str(i) / "summary.json").read_text())["linear"]["rank"] for i in (0, 1)]
+    (folder,) = (tmp_path / "outputs" / "digits").iterdir()  # which Hydra names before there is a run
+    ranks = [json.loads((folder / str(i) / "summary.json").read_text())["linear"]["rank"] for i in (0, 1)]
     assert ranks == [16, 24]
 
 

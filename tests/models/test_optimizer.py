@@ -72,6 +72,12 @@ def test_groups_that_do_not_name_the_roles_are_refused(model):
         build_optimizer(model, algorithm=torch.optim.AdamW, lr=0.01, groups={"dense": GROUPS["dense"]})
 
 
+@pytest.mark.parametrize("lr", ["abc", 0.0, float("nan")])
+def test_a_rate_that_is_no_positive_number_is_refused(model, lr):
+    with pytest.raises(SettingError, match=f"^optimizer.lr={lr} must be a positive number$"):
+        build_optimizer(model, algorithm=torch.optim.AdamW, lr=lr, groups=GROUPS)
+
+
 def test_the_schedule_warms_up_falls_as_a_cosine_and_cools_down():
     parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
     optimizer = torch.optim.SGD([{"params": [parameters[0]], "lr": 1.0}, {"params": [parameters[1]], "lr": 4.0}], lr=1)
