@@ -16,7 +16,7 @@ from omegaconf import OmegaConf, read_write
 def run_name(choices: Mapping[str, str | None]) -> str | None:
     """The folder of a run below outputs/: its experiment's name, or its data's where it has none.
 
-    `choices` are those of the config groups; HydraConfig, which has them too, is not set when a sweep's folder is named.
+    `choices` are those of the config groups. HydraConfig has them too, but not yet when a sweep's folder is named.
     """
     return choices["experiment"] or choices["data"]
 
