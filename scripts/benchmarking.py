@@ -177,7 +177,7 @@ def worst_row(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     |wanted| over the rows of its tensor; NaN where any is NaN. A few rows that were never computed are lost in the
     `relative_error` of thousands."""
     errors = [
-        ((g.to(w.dtype) - w).norm(dim=-1).max() / w.norm(dim=-1).square().mean().sqrt())
+        (g.to(w.dtype) - w).norm(dim=-1).max() / w.norm(dim=-1).square().mean().sqrt()
         for g, w in zip(got, wanted, strict=True)
     ]
     return torch.stack(errors).max().item()
