@@ -1,4 +1,4 @@
-"""Markdown tables and a plot of what bench_ops.py, bench_blocks.py and bench_models.py wrote, for the README.
+"""Markdown tables and a plot of what bench_ops.py, bench_blocks.py, bench_models.py and bench_llm.py wrote.
 
     python scripts/bench_table.py results/ops_h200.json results/blocks_h200.json --plot results/speed_h200.png
 
@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
 WHAT = {"mlp": "MLP", "attention": "attention block"}
+HAVE_WIDTHS = ("bench_ops.py", "bench_blocks.py")
 SPARSE = "2:4"  # whole models have it in inference only
 
 
@@ -60,25 +61,28 @@ def read(path: Path) -> tuple[dict[str, Any], list[Group]]:
         origin(result["machine"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = str(error) if isinstance(error, OSError) else "is not what a benchmark writes"
-        sys.exit(f"error: {path}: {what}; give files of bench_ops.py, bench_blocks.py or bench_models.py")
+        sys.exit(f"error: {path}: {what}; give files of bench_ops.py, _blocks, _models or _llm")
     return result["machine"], groups
 
 
 def _groups(result: dict[str, Any]) -> Iterator[Group]:
-    """Of layers or blocks: one for each kind and pass."""
+    """Of layers, blocks or language models: one for each kind and pass."""
     tables: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
     for row in result["rows"]:
         if "block" in row:
             inner = "hidden" if "hidden" in row else "heads"
             key = (f"{WHAT[row['block']]}, {row['pass']}: samples, tokens, width, {inner}", "bench_blocks.py")
             shape = ", ".join(str(row[name]) for name in ("samples", "tokens", "width", inner))
+        elif "phase" in row:
+            key = (f"{row['phase']}: model, sequences, tokens", "bench_llm.py")
+            shape = ", ".join(str(row[name]) for name in ("model", "batch", "tokens"))
         else:
             key = (f"linear layer, {result['pass']}: n, k, m", "bench_ops.py")
             shape = ", ".join(str(row[name]) for name in ("n", "k", "m"))
         tables.setdefault(key, {})[shape, row["method"]] = row
     for (title, program), rows in tables.items():
-        # A block is compiled where it is to be fast; one layer leaves the compiler nothing to do.
-        compiled = program == "bench_blocks.py" and any(method == "dense, compiled" for _, method in rows)
+        # A block or a model is compiled where it is to be fast; one layer leaves the compiler nothing to do.
+        compiled = program != "bench_ops.py" and any(method == "dense, compiled" for _, method in rows)
         yield Group(title, program, "dense, compiled" if compiled else "dense", rows)
 
 
@@ -115,7 +119,7 @@ def speed(group: Group, shape: str, method: str) -> str:
         return untimed(row)
     ratio, bound = group.ratio(shape, method), group.ratio(shape, method, "bound_seconds")
     if method == group.yardstick:
-        if "model" not in row:
+        if group.program != "bench_models.py":
             return f"{row['seconds'] * 1e3:.3g} ms"
         return f"{1 / row['seconds']:,.0f}" + (f" ({bound:.2f})" if bound is not None else "")
     if ratio is None:
@@ -188,6 +192,8 @@ def plot(groups: list[Group], path: Path) -> None:
     """Ratio against width, a panel a group and a curve a rank with its bound. Exits where nothing has both."""
     panels = []
     for group in groups:
+        if group.program not in HAVE_WIDTHS:
+            continue
         ranks = sorted({row["rank"] for row in group.rows.values() if row.get("rank")})
         if drawn := {rank: curves(group, rank) for rank in ranks if curves(group, rank)[0]}:
             panels.append((group, drawn))

@@ -116,6 +116,19 @@ def test_models(monkeypatch, tmp_path, capsys):
     assert "`scripts/bench_models.py`, bfloat16, bf16 autocast; GPU X" in source
 
 
+def test_language_models_are_compared_with_the_compiled_model(monkeypatch, tmp_path, capsys):
+    facts = {"model": "llama_small", "phase": "prefill", "batch": 2, "tokens": 16}
+    stl = row("stl r=16 over tokens, triton", 1e-3, 5e-4, rank=16)
+    rows = [facts | entry for entry in (row("dense", 4e-3), row("dense, compiled", 2e-3), stl)]
+    text = run(monkeypatch, tmp_path, capsys, {"machine": MACHINE, "rows": rows})
+    table, source = text.strip().split("\n\n")
+    assert table.splitlines()[::2] == [
+        "| prefill: model, sequences, tokens | dense | dense, compiled | stl r=16 over tokens, triton |",
+        "| llama_small, 2, 16 | 0.50 (2.00) | 2 ms | 2.00 (4.00) |",
+    ]
+    assert "`scripts/bench_llm.py`" in source
+
+
 def bounded(linear, rate, inference, training, **more):
     bounds = {"inference_bound_images_per_second": inference, "training_bound_images_per_second": training}
     return model(linear, rate, **bounds, **more)
