@@ -26,7 +26,7 @@ from models.low_rank import LowRankLinear
 from models.monarch import MonarchLinear
 from models.rival import RivalLinear
 from models.sparse24 import Sparse24Linear
-from stl import SettingError
+from stl import SettingError, encode_weights
 
 
 def trained(run: Path) -> tuple[Any, TextDataModule]:
@@ -66,6 +66,8 @@ def exportable(model: Any, tokenizer: Tokenizer) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     densify(model)
+    if encode_weights(model):
+        model.config.stl = model.config.stl | {"train_weight": "encoded"}
     if model.config.stl is None:
         own = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "stl")}
         plain = LlamaForCausalLM(LlamaConfig(**own))

@@ -12,6 +12,7 @@ from stl.attention import STLMultiheadAttention
 from stl.basis import Basis, get_basis, list_bases, register_basis
 from stl.blocks import STLBlock, fuse_blocks
 from stl.convert import ConversionReport, convert
+from stl.dense_weight import encode_weights
 from stl.errors import SettingError
 from stl.flops import FlopReport, count_flops
 from stl.functional import stl_linear, stl_matmul
@@ -34,6 +35,7 @@ __all__ = [
     "Streaming",
     "convert",
     "count_flops",
+    "encode_weights",
     "fuse_blocks",
     "fuse_mlps",
     "get_basis",

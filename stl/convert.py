@@ -55,6 +55,7 @@ def convert(
     row_axis: str = "tokens",
     train_basis: bool = True,
     start: str = "independent",
+    train_weight: str = "encoded",
     calibration: Iterable[Any] | None = None,
     calibrate_basis: bool = False,
     causal: bool | None = None,
@@ -65,8 +66,8 @@ def convert(
         include, exclude: shell-style patterns of layer names ("blocks.*.mlp.*"), one or several; a layer is swapped
             where it matches some `include` (all, by default) and no `exclude`. All names of a shared layer count.
         from_dense: start from the trained weights, encoded; otherwise from a fresh draw, for training from scratch.
-        row_axis, train_basis, start: as in `STLLinear`. Layers that PyTorch's transformer feeds (tokens, batch,
-            features) get the axis that means the same there.
+        row_axis, train_basis, start, train_weight: as in `STLLinear`. Layers that PyTorch's transformer feeds (tokens,
+            batch, features) get the axis that means the same there.
         calibration: with `from_dense`, a few batches of inputs as the model will see them, in a list or any other
             series: tensors, tuples that start with one (inputs, labels), or dicts of keyword arguments; all are kept in
             memory. The encoded weights are then fitted to what the dense layers make of these inputs, layer by layer
@@ -89,9 +90,9 @@ def convert(
     Raises:
         SettingError: no such basis, or one that is not causal where it must be; a pattern that matches no linear layer,
         or a model without any; with `from_dense` a weight that is NaN or infinite; calibration without `from_dense`,
-        without batches, with NaN, or of a model on the meta device; `calibrate_basis` without calibration. The model is
-        then unchanged, as after whatever error the model itself raises on the calibration data. A model that is itself
-        a linear layer cannot be swapped in place: use `STLLinear.from_linear`.
+        without batches, with NaN, with `train_weight="dense"`, or of a model on the meta device; `calibrate_basis`
+        without calibration. The model is then unchanged, as after whatever error the model itself raises on the
+        calibration data. A model that is itself a linear layer cannot be swapped in place: use `STLLinear.from_linear`.
     """
     matrices = get_basis(basis, tile, rank)
     if row_axis not in ROW_AXES:
@@ -109,7 +110,12 @@ def convert(
         )
     if calibrate_basis and calibration is None:
         raise SettingError("calibrate_basis=True needs data to fit to; pass calibration=batches as well")
+    if calibration is not None and train_weight == "dense":
+        raise SettingError(
+            "calibration with train_weight='dense' fits encoded weights, which are not trained then; leave one out"
+        )
     settings = {"tile": tile, "rank": rank, "basis": basis, "train_basis": train_basis, "start": start}
+    settings |= {"train_weight": train_weight}
     if isinstance(model, nn.Linear | nn.MultiheadAttention):
         raise SettingError("convert swaps layers inside a model; for a single layer use STLLinear.from_linear(layer)")
     places = list(_places(model))

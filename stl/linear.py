@@ -1,18 +1,21 @@
-"""STLLinear: a linear layer whose weight is kept, and trained, encoded."""
+"""STLLinear: a linear layer whose weight is kept encoded."""
 
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from stl import kernels
 from stl.basis import Basis, get_basis
+from stl.dense_weight import EncodedWeight
 from stl.errors import SettingError
 from stl.functional import ROW_AXES, check_residual, encode_weight, stl_linear
 from stl.stream import Stream
 
 SPEC_BYTES = 96
 STARTS = ("independent", "dense")
+TRAINED = ("encoded", "dense")
 
 
 class STLLinear(nn.Module):
@@ -33,8 +36,10 @@ class STLLinear(nn.Module):
     With a causal basis (`Basis.causal`) row i of a tile depends on rows up to i only, and keeps to it: whatever becomes
     of `encoder` and `decoder`, their entries on the wrong side of the channels' pivots (`Basis.pivots`) count as zero.
 
-    With `train_basis=False` encoder and decoder are buffers and stay as they are. `start` says how encoded weights are
-    drawn, see `reset_parameters`. The attribute `backend`, "auto", says what computes it, as in `stl_linear`.
+    With `train_basis=False` encoder and decoder are buffers and stay as they are. With `train_weight="dense"` the
+    parameter is a dense weight (k, m), `parametrizations.weight.original`, which every pass encodes anew
+    (`stl.dense_weight`); `encode_weights` ends that. `start` says how encoded weights are drawn, see
+    `reset_parameters`. The attribute `backend`, "auto", says what computes it, as in `stl_linear`.
     Raises SettingError where no such basis exists or a size is not positive.
     """
 
@@ -59,6 +64,7 @@ class STLLinear(nn.Module):
         row_axis: str = "tokens",
         train_basis: bool = True,
         start: str = "independent",
+        train_weight: str = "encoded",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -69,11 +75,18 @@ class STLLinear(nn.Module):
             raise SettingError(f"row_axis={row_axis!r} is unknown; choose one of {', '.join(ROW_AXES)}")
         if start not in STARTS:
             raise SettingError(f"start={start!r} is unknown; choose one of {', '.join(STARTS)}")
+        if train_weight not in TRAINED:
+            raise SettingError(f"train_weight={train_weight!r} is unknown; choose one of {', '.join(TRAINED)}")
         matrices = get_basis(basis, tile, rank)
         self.in_features, self.out_features = in_features, out_features
         self.tile, self.rank, self.basis, self.row_axis, self.start = tile, rank, basis, row_axis, start
         like = torch.empty(0, device=device, dtype=dtype)
-        self.weight = nn.Parameter(like.new_empty(rank, math.ceil(in_features / tile), math.ceil(out_features / tile)))
+        if train_weight == "dense":
+            self.weight = nn.Parameter(like.new_empty(in_features, out_features))
+            register_parametrization(self, "weight", EncodedWeight(matrices).to(like.device), unsafe=True)
+        else:
+            tiles = math.ceil(in_features / tile), math.ceil(out_features / tile)
+            self.weight = nn.Parameter(like.new_empty(rank, *tiles))
         for role, matrix in (("encoder", matrices.encode_x), ("decoder", matrices.decode)):
             if train_basis:
                 self.register_parameter(role, nn.Parameter(matrix.to(like, copy=True)))
@@ -90,6 +103,10 @@ class STLLinear(nn.Module):
     def train_basis(self) -> bool:
         return isinstance(self.encoder, nn.Parameter)
 
+    @property
+    def train_weight(self) -> str:
+        return "dense" if is_parametrized(self, "weight") else "encoded"
+
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw the weight so that the output has the variance of a dense layer drawn with this standard deviation.
 
@@ -97,15 +114,15 @@ class STLLinear(nn.Module):
         zero. With start="independent" each encoded number is drawn by itself. A channel's GEMM sums over k/t encoded
         values only, so it has t³ / Σ_q |encode_x_q|²·|decode_q|² times the dense variance: t times for an orthonormal
         basis of rank t². With start="dense" a dense weight is drawn and encoded, and scaled to make up for the share of
-        ‖T‖² that the basis does not reach: the tokens of a tile then begin as little mixed as it allows.
+        ‖T‖² that the basis does not reach: the tokens of a tile then begin as little mixed as it allows. So it is where
+        the dense weight is trained, whatever `start` says.
         """
         matrices = self._reset_basis()
         std = (1 / (3 * self.in_features)) ** 0.5 if std is None else std
         with torch.no_grad():
-            if self.start == "dense":
+            if self.start == "dense" or self.train_weight == "dense":
                 dense = self.weight.new_empty(self.in_features, self.out_features).normal_(std=std)
-                encoded = encode_weight(dense.double(), matrices.encode_w.to(dense.device))
-                self.weight.copy_(encoded / (1 - matrices.error) ** 0.5)
+                self._set_dense(dense.double() / (1 - matrices.error) ** 0.5, matrices)
             else:
                 energy = (matrices.encode_x.square().sum(1) * matrices.decode.square().sum(1)).sum().item()
                 self.weight.normal_(std=std * (self.tile**3 / energy) ** 0.5)
@@ -119,11 +136,18 @@ class STLLinear(nn.Module):
         """
         if weight.shape != (self.out_features, self.in_features):
             raise SettingError(f"dense weight {tuple(weight.shape)}, needed {(self.out_features, self.in_features)}")
-        encode_w = self._reset_basis().encode_w.to(weight.device)
+        matrices = self._reset_basis()
         with torch.no_grad():
-            self.weight.copy_(encode_weight(weight.detach().T.double(), encode_w))
+            self._set_dense(weight.detach().T.double(), matrices)
             if self.bias is not None and bias is not None:
                 self.bias.copy_(bias)
+
+    def _set_dense(self, dense: Tensor, basis: Basis) -> None:
+        """From a dense weight (k, m), float64."""
+        if self.train_weight == "dense":
+            self.parametrizations["weight"].original.copy_(dense)  # type: ignore[index, union-attr]
+        else:
+            self.weight.copy_(encode_weight(dense, basis.encode_w.to(dense.device)))
 
     @torch.no_grad()
     def _reset_basis(self) -> Basis:
@@ -162,8 +186,7 @@ class STLLinear(nn.Module):
             if layer.bias is not None:
                 layer.bias.data.copy_(linear.bias)
         if not linear.weight.requires_grad:
-            for tensor in (layer.weight, layer.encoder, layer.decoder):
-                tensor.requires_grad_(False)
+            layer.requires_grad_(False)
         if layer.bias is not None:
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer.train(linear.training)
@@ -224,7 +247,7 @@ class STLLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"tile={self.tile}, rank={self.rank}, basis={self.basis!r}, row_axis={self.row_axis!r}, "
-            f"train_basis={self.train_basis}"
+            f"train_basis={self.train_basis}, train_weight={self.train_weight!r}"
         )
 
     def _encode_spec(self) -> Tensor:

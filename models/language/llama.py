@@ -52,7 +52,7 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
         Args:
             from_dense, calibration, calibrate_basis: as in `stl.convert`; batches are token ids (B, n), int64.
             **stl: `groups`, some of `models.language.groups.GROUPS`, ("attention", "mlp") by default; `tile`, `rank`,
-                `basis`, `row_axis`, `train_basis` and `start` as in `stl.convert`.
+                `basis`, `row_axis`, `train_basis`, `start` and `train_weight` as in `stl.convert`.
         """
         if self.config.stl is not None:
             raise SettingError(f"the model is converted already, stl={self.config.stl}; convert a dense one")

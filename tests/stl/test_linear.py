@@ -236,7 +236,7 @@ def test_extra_repr_names_every_setting(train_basis):
     made = STLLinear(7, 5, bias=False, tile=2, rank=6, basis="frame", row_axis="batch", train_basis=train_basis)
     assert repr(made) == (
         "STLLinear(in_features=7, out_features=5, bias=False, tile=2, rank=6, basis='frame', row_axis='batch', "
-        f"train_basis={train_basis})"
+        f"train_basis={train_basis}, train_weight='encoded')"
     )
 
 
