@@ -74,8 +74,8 @@ def _groups(result: dict[str, Any]) -> Iterator[Group]:
             key = (f"{WHAT[row['block']]}, {row['pass']}: samples, tokens, width, {inner}", "bench_blocks.py")
             shape = ", ".join(str(row[name]) for name in ("samples", "tokens", "width", inner))
         elif "phase" in row:
-            key = (f"{row['phase']}: model, sequences, tokens", "bench_llm.py")
-            shape = ", ".join(str(row[name]) for name in ("model", "batch", "tokens"))
+            key = (f"{row['phase']}: model, sequences × tokens", "bench_llm.py")
+            shape = f"{row['model']}, {row['batch']} × {row['tokens'] // row['batch']}"
         else:
             key = (f"linear layer, {result['pass']}: n, k, m", "bench_ops.py")
             shape = ", ".join(str(row[name]) for name in ("n", "k", "m"))

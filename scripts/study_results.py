@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study import SPEED, Row, model_settings
+from omegaconf import OmegaConf
+from study import SPEED, SUMMARY, Row, Run, model_settings
+
+REPLACED = {"attention", "mlp"}  # groups of layers, in the models that bench_llm.py measures
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,25 @@ def token_speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [speed for speed in fastest.values() if "prefill" in speed]
 
 
-def measured(row: Row, summary: dict[str, Any]) -> tuple[Any, ...]:
-    """Which of the models of bench_llm.py a row's is; two bases of one rank cost the same."""
-    linear = summary["linear"]
-    way = "batch" if "linear.row_axis=batch" in row.runs[0].overrides else "tokens"
-    return summary["model"], linear["type"], linear["rank"], way if linear["type"] == "stl" else None
+def measured(run: Run, results: Path) -> tuple[Any, ...] | None:
+    """Which of the models of bench_llm.py an ended run's is; None where only some of its layers are replaced. Two bases
+    of one rank cost the same."""
+    folder = results / run.folder
+    summary: Any = json.loads((folder / SUMMARY).read_text())
+    config: Any = OmegaConf.load(folder / "config.yaml")
+    linear, groups = summary["linear"], config["model"].get("linear_groups")
+    if linear["type"] == "stl" and groups and set(groups) != REPLACED:
+        return None
+    way = config["linear"].get("row_axis") if linear["type"] == "stl" else None
+    return summary["model"], linear["type"], linear["rank"], way
 
 
 def read_result(row: Row, results: Path, speeds: Sequence[dict[str, Any]]) -> Result:
-    summaries = [run.summary(results) for run in row.runs]
+    summaries = {run: run.summary(results) for run in row.runs}
     own = model_settings(row.runs[0].overrides)
-    ended = {summary["seed"]: summary for summary in summaries if summary}
-    of = measured(row, next(iter(ended.values()))) if ended else None
+    ended = {summary["seed"]: summary for summary in summaries.values() if summary}
+    of_tokens = any("of" in speed for speed in speeds)
+    of = next((measured(run, results) for run, summary in summaries.items() if summary and of_tokens), None)
     speed = next(
         (speed for speed in speeds if (speed["of"] == of if "of" in speed else speed["settings"] == own)), None
     )

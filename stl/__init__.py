@@ -12,11 +12,10 @@ from stl.attention import STLMultiheadAttention
 from stl.basis import Basis, get_basis, list_bases, register_basis
 from stl.blocks import STLBlock, fuse_blocks
 from stl.convert import ConversionReport, convert
-from stl.dense_weight import encode_weights
 from stl.errors import SettingError
 from stl.flops import FlopReport, count_flops
 from stl.functional import stl_linear, stl_matmul
-from stl.linear import STLLinear
+from stl.linear import STLLinear, encode_weights
 from stl.mlp import STLMLP
 from stl.mlps import fuse_mlps
 from stl.norm_linear import STLNormLinear

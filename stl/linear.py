@@ -4,11 +4,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from stl import kernels
 from stl.basis import Basis, get_basis
-from stl.dense_weight import EncodedWeight
 from stl.errors import SettingError
 from stl.functional import ROW_AXES, check_residual, encode_weight, stl_linear
 from stl.stream import Stream
@@ -21,7 +19,8 @@ TRAINED = ("encoded", "dense")
 class STLLinear(nn.Module):
     """Drop-in for `torch.nn.Linear`: encode → r batched GEMMs → decode (arXiv 2503.12211).
 
-    Attributes: `weight` (r, ⌈k/t⌉, ⌈m/t⌉), `encoder` (r, t²), `decoder` (r, t²), `bias` (m,) or None.
+    Attributes: `weight` (r, ⌈k/t⌉, ⌈m/t⌉), or with `train_weight="dense"` None and `dense_weight` (k, m); `encoder`
+    (r, t²), `decoder` (r, t²), `bias` (m,) or None.
 
     Input (..., n, k), and a residual of the output's shape that is added to it; output (..., n, m). The t rows of a
     tile mix where the basis is not exact, so it matters which rows share a tile:
@@ -36,14 +35,18 @@ class STLLinear(nn.Module):
     With a causal basis (`Basis.causal`) row i of a tile depends on rows up to i only, and keeps to it: whatever becomes
     of `encoder` and `decoder`, their entries on the wrong side of the channels' pivots (`Basis.pivots`) count as zero.
 
-    With `train_basis=False` encoder and decoder are buffers and stay as they are. With `train_weight="dense"` the
-    parameter is a dense weight (k, m), `parametrizations.weight.original`, which every pass encodes anew
-    (`stl.dense_weight`); `encode_weights` ends that. `start` says how encoded weights are drawn, see
-    `reset_parameters`. The attribute `backend`, "auto", says what computes it, as in `stl_linear`.
+    With `train_basis=False` encoder and decoder are buffers and stay as they are. An encoded weight has r numbers where
+    a dense one has t², so that a step of training leads away from those that encode a dense one; with
+    `train_weight="dense"` that is the parameter, encoded in every pass: what an exact basis computes stays a matrix
+    product, and learns what a dense layer learns. `encode_weights` leaves the encoded ones, for inference. `start` says
+    how encoded weights are drawn, see `reset_parameters`. The attribute `backend`, "auto", says what computes it, as in
+    `stl_linear`.
     Raises SettingError where no such basis exists or a size is not positive.
     """
 
     weight: Tensor
+    dense_weight: Tensor | None
+    encode_w: Tensor | None  # (r, t²), of the dense weight
     encoder: Tensor
     decoder: Tensor
     bias: Tensor | None
@@ -81,12 +84,11 @@ class STLLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.tile, self.rank, self.basis, self.row_axis, self.start = tile, rank, basis, row_axis, start
         like = torch.empty(0, device=device, dtype=dtype)
-        if train_weight == "dense":
-            self.weight = nn.Parameter(like.new_empty(in_features, out_features))
-            register_parametrization(self, "weight", EncodedWeight(matrices).to(like.device), unsafe=True)
-        else:
-            tiles = math.ceil(in_features / tile), math.ceil(out_features / tile)
-            self.weight = nn.Parameter(like.new_empty(rank, *tiles))
+        trains_dense = train_weight == "dense"
+        tiles = math.ceil(in_features / tile), math.ceil(out_features / tile)
+        self.register_parameter("weight", None if trains_dense else nn.Parameter(like.new_empty(rank, *tiles)))
+        dense = nn.Parameter(like.new_empty(in_features, out_features)) if trains_dense else None
+        self.register_parameter("dense_weight", dense)
         for role, matrix in (("encoder", matrices.encode_x), ("decoder", matrices.decode)):
             if train_basis:
                 self.register_parameter(role, nn.Parameter(matrix.to(like, copy=True)))
@@ -97,6 +99,7 @@ class STLLinear(nn.Module):
         self.register_buffer("spec", self._encode_spec().to(like.device))
         outside = None if matrices.pivots is None else like.new_empty(2, rank, tile**2, dtype=torch.bool)
         self.register_buffer("outside", outside)  # in files too, for loaders that know nothing but tensors
+        self.register_buffer("encode_w", matrices.encode_w.to(like, copy=True) if trains_dense else None)  # so is this
         self.reset_parameters()
 
     @property
@@ -105,7 +108,7 @@ class STLLinear(nn.Module):
 
     @property
     def train_weight(self) -> str:
-        return "dense" if is_parametrized(self, "weight") else "encoded"
+        return "encoded" if self.dense_weight is None else "dense"
 
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw the weight so that the output has the variance of a dense layer drawn with this standard deviation.
@@ -120,8 +123,8 @@ class STLLinear(nn.Module):
         matrices = self._reset_basis()
         std = (1 / (3 * self.in_features)) ** 0.5 if std is None else std
         with torch.no_grad():
-            if self.start == "dense" or self.train_weight == "dense":
-                dense = self.weight.new_empty(self.in_features, self.out_features).normal_(std=std)
+            if self.start == "dense" or self.dense_weight is not None:
+                dense = self.encoder.new_empty(self.in_features, self.out_features).normal_(std=std)
                 self._set_dense(dense.double() / (1 - matrices.error) ** 0.5, matrices)
             else:
                 energy = (matrices.encode_x.square().sum(1) * matrices.decode.square().sum(1)).sum().item()
@@ -144,8 +147,8 @@ class STLLinear(nn.Module):
 
     def _set_dense(self, dense: Tensor, basis: Basis) -> None:
         """From a dense weight (k, m), float64."""
-        if self.train_weight == "dense":
-            self.parametrizations["weight"].original.copy_(dense)  # type: ignore[index, union-attr]
+        if self.dense_weight is not None:
+            self.dense_weight.copy_(dense)
         else:
             self.weight.copy_(encode_weight(dense, basis.encode_w.to(dense.device)))
 
@@ -154,15 +157,18 @@ class STLLinear(nn.Module):
         basis = get_basis(self.basis, self.tile, self.rank)
         self.encoder.copy_(basis.encode_x)
         self.decoder.copy_(basis.decode)
-        self._reset_outside()
+        self._reset_constants()
         return basis
 
-    def _reset_outside(self) -> None:
+    @torch.no_grad()
+    def _reset_constants(self) -> None:
         """From the basis, whatever a file says."""
-        pivots = get_basis(self.basis, self.tile, self.rank).pivots
-        if self.outside is not None and pivots is not None:
-            rows = torch.arange(self.tile, device=pivots.device).repeat_interleave(self.tile)
-            self.outside.copy_(torch.stack([rows > pivots[:, None], rows < pivots[:, None]]))
+        basis = get_basis(self.basis, self.tile, self.rank)
+        if self.outside is not None and basis.pivots is not None:
+            rows = torch.arange(self.tile, device=basis.pivots.device).repeat_interleave(self.tile)
+            self.outside.copy_(torch.stack([rows > basis.pivots[:, None], rows < basis.pivots[:, None]]))
+        if self.encode_w is not None:
+            self.encode_w.copy_(basis.encode_w)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, from_dense: bool = True, **settings) -> "STLLinear":
@@ -228,7 +234,16 @@ class STLLinear(nn.Module):
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What it computes with: weight, encoder, decoder and bias."""
-        return self.weight, *self.within_pivots(self.encoder, self.decoder), self.bias
+        return self.encoded_weight(), *self.within_pivots(self.encoder, self.decoder), self.bias
+
+    def encoded_weight(self) -> Tensor:
+        """(r, ⌈k/t⌉, ⌈m/t⌉)."""
+        if self.dense_weight is None or self.encode_w is None:
+            return self.weight
+        if self.dense_weight.is_meta:  # which autocast does not know
+            return encode_weight(self.dense_weight, self.encode_w)
+        with torch.autocast(self.dense_weight.device.type, enabled=False):  # rounded once, behind it
+            return encode_weight(self.dense_weight, self.encode_w)
 
     def within_pivots(self, encoder: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor]:
         """An encoder and a decoder (r, t²), with zeros where a causal basis must have them; others as they are."""
@@ -264,6 +279,13 @@ class STLLinear(nn.Module):
             error_msgs.append(f"{name}: the checkpoint has {_decode_spec(saved)}, the model {_decode_spec(own)}")
             return
         weight = state_dict.get(prefix + "weight")
+        trained = "dense" if prefix + "dense_weight" in state_dict else "encoded"
+        if saved is not None and trained != self.train_weight:
+            error_msgs.append(
+                f"{name}: the checkpoint has train_weight={trained!r}, the model train_weight={self.train_weight!r}; "
+                "convert it alike"
+            )
+            return
         if saved is None and weight is not None and weight.ndim == 2:
             error_msgs.append(
                 f"{name}: the checkpoint has a dense weight {tuple(weight.shape)}, the model {_decode_spec(own)}; "
@@ -273,7 +295,7 @@ class STLLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._reset_outside()
+        self._reset_constants()
 
 
 def check_is_stl(*layers: nn.Module) -> None:
@@ -286,3 +308,16 @@ def check_is_stl(*layers: nn.Module) -> None:
 
 def _decode_spec(spec: Tensor) -> str:
     return bytes(spec.tolist()).decode("ascii", "replace").strip()
+
+
+def encode_weights(model: nn.Module) -> list[str]:
+    """Leave encoded weights in the place of the dense ones that STL layers of `model` train, in place, as inference
+    wants them. Returns the names of these layers; they then are as with `train_weight="encoded"`, and the parameters of
+    an optimizer no longer theirs."""
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, STLLinear)}
+    found = {name: layer for name, layer in found.items() if layer.dense_weight is not None}
+    for layer in found.values():
+        assert layer.dense_weight is not None
+        layer.weight = nn.Parameter(layer.encoded_weight().detach(), layer.dense_weight.requires_grad)
+        layer.dense_weight = layer.encode_w = None
+    return list(found)

@@ -89,13 +89,14 @@ class STLMLP(nn.Module):
         first, *up, second = self.layers
         rows = first.with_rows(x)
         between = rows[..., :1].expand(*rows.shape[:-1], first.out_features)  # of that shape, dtype and device
-        for layer, given in [(layer, rows) for layer in (first, *up)] + [(second, between)]:
-            check_arguments(given, *layer.tensors(), layer.row_axis, layer.out_features)
+        tensors = [layer.tensors() for layer in self.layers]
+        for layer, own in zip(self.layers, tensors, strict=True):
+            check_arguments(between if layer is second else rows, *own, layer.row_axis, layer.out_features)
         y = mlp(
             rows,
-            first.tensors(),
-            up[0].tensors() if up else None,
-            second.tensors(),
+            tensors[0],
+            tensors[1] if up else None,
+            tensors[-1],
             self.activation,
             first.row_axis,
             first.out_features,

@@ -2,9 +2,10 @@
 
 At every launch, and at every call inside a kernel, it looks through Triton's whole language and puts its own functions
 there, though once is enough. And it reads and writes any address, where a GPU may stop, or give other tensors' numbers:
-here a program that leaves the tensors that it was given fails.
+here a program fails that leaves the span of all tensors of its launch.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -29,11 +30,19 @@ def _patch_once(function: FunctionType) -> interpreter._LangPatchScope:
 def _note_arguments(self: GridExecutor, args: Any, kwargs: Any) -> tuple[Any, Any]:
     copied, copied_by_name = _arguments(self, args, kwargs)
     _bounds.clear()
-    for argument in (*copied, *copied_by_name.values()):
-        if isinstance(argument, Tensor) and argument.numel():
+    for argument in _flat([*copied, *copied_by_name.values()]):
+        if argument.numel():
             last = sum((size - 1) * stride for size, stride in zip(argument.shape, argument.stride(), strict=True))
             _bounds.append((argument.data_ptr(), argument.data_ptr() + last * argument.element_size()))
     return copied, copied_by_name
+
+
+def _flat(arguments: Any) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, tuple | list):
+            yield from _flat(argument)
+        elif isinstance(argument, Tensor):
+            yield argument
 
 
 def _check(pointers: TensorHandle, mask: TensorHandle) -> None:

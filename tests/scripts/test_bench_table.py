@@ -123,8 +123,8 @@ def test_language_models_are_compared_with_the_compiled_model(monkeypatch, tmp_p
     text = run(monkeypatch, tmp_path, capsys, {"machine": MACHINE, "rows": rows})
     table, source = text.strip().split("\n\n")
     assert table.splitlines()[::2] == [
-        "| prefill: model, sequences, tokens | dense | dense, compiled | stl r=16 over tokens, triton |",
-        "| llama_small, 2, 16 | 0.50 (2.00) | 2 ms | 2.00 (4.00) |",
+        "| prefill: model, sequences × tokens | dense | dense, compiled | stl r=16 over tokens, triton |",
+        "| llama_small, 2 × 8 | 0.50 (2.00) | 2 ms | 2.00 (4.00) |",
     ]
     assert "`scripts/bench_llm.py`" in source
 

@@ -25,7 +25,7 @@ words = dict(word.split("=", 1) for word in sys.argv[1:])
 folder = Path(words["hydra.run.dir"])
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "metrics.csv").write_text("epoch,top1\\n0,0.5\\n0,\\n1,0.6\\n")
-(folder / "config.yaml").write_text("seed: 0\\n")
+(folder / "config.yaml").write_text("model: {}\\nlinear: {row_axis: tokens}\\n")
 (folder / "gpu.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 print("complaint" if "fail" in words else "fine")
 if "fail" in words:
@@ -289,6 +289,10 @@ def test_tokens_a_second_are_those_of_the_fastest_way(call, tmp_path):
     assert text.count("| epochs | prefill tokens/s | decode tokens/s |") == 2
     assert "| 2 | 3,000 | 10 |" in text
     assert "| 2 | 1,000 | – |" in text
+    for config in (tmp_path / "results/mine/after").rglob("config.yaml"):
+        config.write_text("model: {linear_groups: [mlp]}\nlinear: {row_axis: tokens}\n")
+    call("--build")
+    assert "3,000" not in (tmp_path / "results/mine/mine.md").read_text()  # of all layers
 
 
 def test_rows_that_only_learn_differently_are_one_model():

@@ -137,14 +137,15 @@ def test_an_exact_basis_over_the_batch_is_the_dense_model_for_any_number_of_sequ
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_folder_keeps_it(way, tmp_path):
-    model, x = llama({**WAYS[way], "groups": ["mlp"]}), ids(2, 7)
+@pytest.mark.parametrize("more", [{}, {"train_weight": "dense"}])
+def test_a_folder_keeps_it(way, more, tmp_path):
+    model, x = llama({**WAYS[way], **more, "groups": ["mlp"]}), ids(2, 7)
     model.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
     for kind in (type(model), transformers.AutoModelForCausalLM):
         again = kind.from_pretrained(tmp_path)
-        assert again.config.stl == {**WAYS[way], "groups": ["mlp"]}
-        assert torch.equal(logits(again, x), logits(model, x))
+        assert again.config.stl == {**WAYS[way], **more, "groups": ["mlp"]}
+        assert_close(logits(again, x), logits(model, x))
     assert_causal(again, ids(2, 5))
 
 

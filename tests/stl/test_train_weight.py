@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stl import SettingError, STLLinear, convert, count_flops, encode_weights
+from stl import SettingError, STLLinear, convert, count_flops, encode_weights, fuse_mlps
 
 EXACT = [("strassen", 2, 7), ("exact48", 4, 48), ("strassen", 4, 49)]
 OTHERS = [("hadamard", 4, 16), ("frame", 4, 24), ("causal", 4, 16), ("random", 3, 11), ("products", 2, 8)]
@@ -34,10 +34,10 @@ def test_it_computes_what_the_encoded_weight_does(k, m, basis):
     name, tile, rank = basis
     plain = STLLinear.from_linear(dense, basis=name, tile=tile, rank=rank)
     torch.testing.assert_close(made(gaussian(2, 6, k)), plain(gaussian(2, 6, k)))
-    torch.testing.assert_close(made.parametrizations.weight.original, dense.weight.T)
+    torch.testing.assert_close(made.dense_weight, dense.weight.T)
     assert {name: p.shape for name, p in made.named_parameters()} == {
         "bias": (m,),
-        "parametrizations.weight.original": (k, m),
+        "dense_weight": (k, m),
     }
 
 
@@ -52,7 +52,7 @@ def test_an_exact_basis_learns_what_a_dense_layer_learns(basis):
             (layer(x) - target).square().mean().backward()
             optimizer.step()
     dense, made = layers
-    torch.testing.assert_close(made.parametrizations.weight.original, dense.weight.T)
+    torch.testing.assert_close(made.dense_weight, dense.weight.T)
     torch.testing.assert_close(made(x), dense(x))
 
 
@@ -70,9 +70,12 @@ def test_encode_weights_leaves_plain_layers():
     like = convert_plain(model)
     x = gaussian(2, 4, 8)
     before, macs = model(x), count_flops(model, (2, 4, 8)).total
+    copied = copy.deepcopy(model)
     assert encode_weights(model) == ["0", "2"]
     assert encode_weights(model) == []
-    assert all(type(layer) is STLLinear for layer in (model[0], model[2]))
+    torch.testing.assert_close(copied(x), before)
+    assert copied[0].train_weight == "dense"
+    model(x).sum().backward()
     torch.testing.assert_close(model(x), before)
     assert count_flops(model, (2, 4, 8)).total == macs
     like.load_state_dict(model.state_dict())
@@ -100,6 +103,32 @@ def test_checkpoints_copies_and_the_compiler():
     torch.testing.assert_close(torch.compile(made, fullgraph=True, backend="aot_eager")(x), made(x))
 
 
+def test_mlps_are_fused():
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))).double()
+    convert(model, from_dense=True, train_weight="dense")
+    x = gaussian(2, 4, 8)
+    before = model(x)
+    assert fuse_mlps(model) == ["0"]
+    torch.testing.assert_close(model(x), before)
+
+
+def test_on_the_meta_device_and_filled_there():
+    made = STLLinear(8, 8, basis="exact48", rank=48, train_weight="dense", device="meta")
+    assert made(torch.empty(2, 4, 8, device="meta")).shape == (2, 4, 8)
+    filled, known = made.to_empty(device="cpu"), STLLinear(8, 8, basis="exact48", rank=48, train_weight="dense")
+    filled.load_state_dict(known.state_dict())
+    x = torch.randn(2, 4, 8)
+    torch.testing.assert_close(filled(x), known(x))
+
+
+@pytest.mark.parametrize("ours", ["dense", "encoded"])
+def test_a_checkpoint_of_the_other_kind_is_one_line(ours):
+    theirs = {"dense": "encoded", "encoded": "dense"}[ours]
+    said = f"the checkpoint has train_weight={theirs!r}, the model train_weight={ours!r}; convert it alike"
+    with pytest.raises(RuntimeError, match=said):
+        STLLinear(8, 8, train_weight=ours).load_state_dict(STLLinear(8, 8, train_weight=theirs).state_dict())
+
+
 def test_frozen_layers_stay_frozen():
     dense = nn.Linear(8, 8)
     dense.weight.requires_grad_(False)
@@ -110,7 +139,7 @@ def test_frozen_layers_stay_frozen():
 def test_under_autocast_the_weight_is_encoded_in_its_own_precision():
     made = STLLinear(8, 8, basis="exact48", rank=48, train_weight="dense")
     with torch.autocast("cpu", torch.bfloat16):
-        assert made.weight.dtype == torch.float32
+        assert made.encoded_weight().dtype == torch.float32
         assert made(torch.randn(2, 4, 8)).dtype == torch.bfloat16
 
 
