@@ -61,7 +61,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[Group]]:
         origin(result["machine"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = str(error) if isinstance(error, OSError) else "is not what a benchmark writes"
-        sys.exit(f"error: {path}: {what}; give files of bench_ops.py, _blocks, _models or _llm")
+        known = "bench_ops.py, bench_blocks.py, bench_models.py or bench_llm.py"
+        sys.exit(f"error: {path}: {what}; give files of {known}")
     return result["machine"], groups
 
 

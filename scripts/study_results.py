@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from study import SPEED, SUMMARY, Row, Run, model_settings
 
-REPLACED = {"attention", "mlp"}  # groups of layers, in the models that bench_llm.py measures
+from models.language.groups import REPLACED
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ def token_speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measured(run: Run, results: Path) -> tuple[Any, ...] | None:
-    """Which of the models of bench_llm.py an ended run's is; None where only some of its layers are replaced. Two bases
-    of one rank cost the same."""
+    """Which of the models of bench_llm.py an ended run's is; None where other groups of its layers are replaced than
+    there. Two bases of one rank cost the same."""
     folder = results / run.folder
     summary: Any = json.loads((folder / SUMMARY).read_text())
     config: Any = OmegaConf.load(folder / "config.yaml")
     linear, groups = summary["linear"], config["model"].get("linear_groups")
-    if linear["type"] == "stl" and groups and set(groups) != REPLACED:
+    if linear["type"] != "dense" and groups and set(groups) != set(REPLACED):
         return None
     way = config["linear"].get("row_axis") if linear["type"] == "stl" else None
     return summary["model"], linear["type"], linear["rank"], way

@@ -114,8 +114,14 @@ def convert(
         raise SettingError(
             "calibration with train_weight='dense' fits encoded weights, which are not trained then; leave one out"
         )
-    settings = {"tile": tile, "rank": rank, "basis": basis, "train_basis": train_basis, "start": start}
-    settings |= {"train_weight": train_weight}
+    settings = {
+        "tile": tile,
+        "rank": rank,
+        "basis": basis,
+        "train_basis": train_basis,
+        "start": start,
+        "train_weight": train_weight,
+    }
     if isinstance(model, nn.Linear | nn.MultiheadAttention):
         raise SettingError("convert swaps layers inside a model; for a single layer use STLLinear.from_linear(layer)")
     places = list(_places(model))

@@ -40,8 +40,7 @@ class STLLinear(nn.Module):
     `train_weight="dense"` that is the parameter, encoded in every pass: what an exact basis computes stays a matrix
     product, and learns what a dense layer learns. `encode_weights` leaves the encoded ones, for inference. `start` says
     how encoded weights are drawn, see `reset_parameters`. The attribute `backend`, "auto", says what computes it, as in
-    `stl_linear`.
-    Raises SettingError where no such basis exists or a size is not positive.
+    `stl_linear`. Raises SettingError where no such basis exists or a size is not positive.
     """
 
     weight: Tensor
@@ -97,9 +96,10 @@ class STLLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(like.new_empty(out_features)) if bias else None)
         # Goes with the weights in every file format, so that a checkpoint of other settings is told apart by name.
         self.register_buffer("spec", self._encode_spec().to(like.device))
+        # In files too, for loaders that know nothing but tensors.
         outside = None if matrices.pivots is None else like.new_empty(2, rank, tile**2, dtype=torch.bool)
-        self.register_buffer("outside", outside)  # in files too, for loaders that know nothing but tensors
-        self.register_buffer("encode_w", matrices.encode_w.to(like, copy=True) if trains_dense else None)  # so is this
+        self.register_buffer("outside", outside)
+        self.register_buffer("encode_w", matrices.encode_w.to(like, copy=True) if trains_dense else None)
         self.reset_parameters()
 
     @property
@@ -314,10 +314,10 @@ def encode_weights(model: nn.Module) -> list[str]:
     """Leave encoded weights in the place of the dense ones that STL layers of `model` train, in place, as inference
     wants them. Returns the names of these layers; they then are as with `train_weight="encoded"`, and the parameters of
     an optimizer no longer theirs."""
-    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, STLLinear)}
-    found = {name: layer for name, layer in found.items() if layer.dense_weight is not None}
-    for layer in found.values():
-        assert layer.dense_weight is not None
-        layer.weight = nn.Parameter(layer.encoded_weight().detach(), layer.dense_weight.requires_grad)
-        layer.dense_weight = layer.encode_w = None
-    return list(found)
+    encoded = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, STLLinear) and layer.dense_weight is not None:
+            layer.weight = nn.Parameter(layer.encoded_weight().detach(), layer.dense_weight.requires_grad)
+            layer.dense_weight = layer.encode_w = None
+            encoded.append(name)
+    return encoded

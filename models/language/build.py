@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from models.language.groups import check_groups, patterns
+from models.language.groups import REPLACED, check_groups, patterns
 from models.sparse24 import Sparse24Linear, input_norms
 from stl import SettingError, STLLinear
 from stl.optional import optional
@@ -25,7 +25,7 @@ def build_llama(
     length: int,
     sample: Callable[[int], Tensor],
     linear: Callable[..., nn.Module] = nn.Linear,
-    linear_groups: Sequence[str] = ("attention", "mlp"),
+    linear_groups: Sequence[str] = REPLACED,
     vocabulary: str | None = None,
     weights: str | None = None,
     calibration: int = 0,

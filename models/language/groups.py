@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from stl import SettingError
 
 GROUPS = {"attention": "model.layers.*.self_attn.*_proj", "mlp": "model.layers.*.mlp.*_proj", "head": "lm_head"}
+REPLACED = ("attention", "mlp")  # unless others are asked for
 
 
 def check_groups(groups: Iterable[str], tied: bool) -> None:

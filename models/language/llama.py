@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from models.language.cache import streaming
-from models.language.groups import check_groups, patterns
+from models.language.groups import REPLACED, check_groups, patterns
 from stl import ConversionReport, SettingError, STLLinear, convert
 
 
@@ -51,7 +51,7 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
 
         Args:
             from_dense, calibration, calibrate_basis: as in `stl.convert`; batches are token ids (B, n), int64.
-            **stl: `groups`, some of `models.language.groups.GROUPS`, ("attention", "mlp") by default; `tile`, `rank`,
+            **stl: `groups`, some of `models.language.groups.GROUPS`, its `REPLACED` by default; `tile`, `rank`,
                 `basis`, `row_axis`, `train_basis`, `start` and `train_weight` as in `stl.convert`.
         """
         if self.config.stl is not None:
@@ -62,7 +62,7 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
         self.config.stl = stl
         return report
 
-    def _swap(self, *, groups: Sequence[str] = ("attention", "mlp"), **settings: Any) -> ConversionReport:
+    def _swap(self, *, groups: Sequence[str] = REPLACED, **settings: Any) -> ConversionReport:
         check_groups(groups, self.config.tie_word_embeddings)
         return convert(self, include=patterns(groups), causal=True, **settings)
 
