@@ -247,6 +247,8 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
+# Every method is a model of its own; behind the limit a compiled one would silently be none.
+@torch.compiler.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)  # type: ignore[attr-defined]
 def measure(
     facts: dict[str, Any],
     methods: Iterable[Method],
@@ -256,7 +258,7 @@ def measure(
     """A row for each method: facts; its error against itself in higher precision, of all and of the worst row; on a GPU
     what memory it takes; where the errors are small seconds, the ratio to dense and the most that this could be; and
     `more` of its first result. A method that was refused has the reason instead."""
-    torch.compiler.reset()  # else what was compiled for other shapes counts against the limit, behind which it is not
+    torch.compiler.reset()  # what was compiled for other shapes counts against that limit
     rows: list[dict[str, Any]] = []
     runs = {}
     for method in methods:

@@ -37,12 +37,19 @@ class Stream:
                 f"layer {self.name!r} was streaming sequences of shape {tuple(kept.shape[:-2])} and got "
                 f"{tuple(x.shape[:-2])}; use reorder(index) to choose or repeat sequences, reset() for others"
             )
-        rows, before = torch.cat([kept, x], -2), kept.shape[-2]
-        y = compute(rows, None if residual is None else F.pad(residual, (0, 0, before, 0)))
-        self.calls += 1
-        self.seen += x.shape[-2]
+        before, rows = kept.shape[-2], x
+        if before:
+            rows = torch.cat([kept, x], -2)
+            residual = None if residual is None else F.pad(residual, (0, 0, before, 0))
+        y = compute(rows, residual)
+        self.count(x.shape[-2])
         self._kept = rows[..., rows.shape[-2] - self.seen % self._tile :, :].clone()
         return y[..., before:, :].contiguous()
+
+    def count(self, n: int) -> None:
+        """n rows have come, which another keeps where they are needed again."""
+        self.calls += 1
+        self.seen += n
 
     def reorder(self, index: Tensor) -> None:
         if self._kept is not None:

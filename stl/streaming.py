@@ -25,12 +25,12 @@ class Streaming:
 
     Over tokens (`row_axis="tokens"`), every `STLLinear` in the model, wherever it stands, keeps the inputs of its last,
     incomplete tile, at most t − 1 for each sequence, and computes them again with the next ones: a step of one token
-    costs as much as a tile. Its input is (batch, …, tokens, features) with the new tokens along axis −2, none left
-    out: one that gives the logits of the last token only must not be STL. A 2-D input is a batch of lone tokens, as
-    everywhere, and remembers nothing. All sequences of a batch go on together, so that shorter ones must be padded, at
-    their end or as the full pass pads them. Over the batch (`row_axis="batch"`) a tile holds tokens of one position,
-    and nothing is remembered; sequences must keep their places in the batch, beside the same others, where the basis is
-    not exact.
+    costs as much as a tile. An `STLMLP` does so as one. The input of a layer is (batch, …, tokens, features) with the
+    new tokens along axis −2, none left out: one that gives the logits of the last token only must not be STL. A 2-D
+    input is a batch of lone tokens, as everywhere, and remembers nothing. All sequences of a batch go on together, so
+    that shorter ones must be padded, at their end or as the full pass pads them. Over the batch (`row_axis="batch"`) a
+    tile holds tokens of one position, and nothing is remembered; sequences must keep their places in the batch, beside
+    the same others, where the basis is not exact.
 
     It may be left and entered again, and goes on where it was; another one, also one inside it or a copy of it, has
     tokens of its own. The model has to keep its layers meanwhile.

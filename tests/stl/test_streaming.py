@@ -188,16 +188,52 @@ def test_reset_begins_with_other_sequences():
     assert_close(got, layer(x))
 
 
-def test_what_holds_layers_computes_them_one_after_the_other():
-    """Kernels that compute several layers at once would go around what is remembered."""
+def mlp(**options) -> STLMLP:
     torch.manual_seed(0)
-    options = {"basis": "causal", "tile": 4, "rank": 16}
-    mlp = STLMLP(STLLinear(7, 9, **options), "gelu", STLLinear(9, 7, **options))
-    normed = STLNormLinear(nn.LayerNorm(7), STLLinear(7, 5, **options))
-    mlp.backend = normed.backend = normed.linear.backend = "triton"
+    options = {"basis": "causal", "tile": 4, "rank": 16} | options
+    first, up, second = (STLLinear(k, m, **options) for k, m in ((7, 9), (7, 9), (9, 7)))
+    return STLMLP(first, "silu", second, up=up)
+
+
+def test_by_kernels_an_mlp_streams_as_one_and_a_norm_by_itself():
+    normed = STLNormLinear(nn.LayerNorm(7), STLLinear(7, 5, basis="causal", tile=4, rank=16))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made, x = nn.Sequential(mlp, normed).to(device), gaussian(2, 6, 7, dtype=torch.float32).to(device)
+    made, x = nn.Sequential(mlp(), normed).to(device), gaussian(2, 6, 7, dtype=torch.float32).to(device)
+    for layer in (made[0], normed, normed.linear):
+        layer.backend = "triton"
+    with Streaming(made):
+        assert made[0].uses_kernels(x)
+        assert not normed.linear.uses_kernels(x)
     torch.testing.assert_close(in_parts(made, *x.split([3, 2, 1], 1)), made(x), rtol=0, atol=1e-5)
+
+
+@given(parts=st.lists(st.integers(0, 6), min_size=1, max_size=6), lead=st.sampled_from([(2,), (2, 3)]))
+@few
+def test_an_mlp_with_a_residual_and_more_axes(parts, lead):
+    made, n = mlp(dtype=torch.float64), sum(parts)
+    x, residual = gaussian(*lead, n, 7), gaussian(*lead, n, 7, seed=1)
+    with Streaming(made) as stream:
+        got = [made(*part) for part in zip(x.split(parts, -2), residual.split(parts, -2), strict=True)]
+        assert stream.seen == n
+    assert_close(torch.cat(got, -2), made(x, residual))
+
+
+def test_sequences_of_an_mlp_are_chosen():
+    made, x = mlp(dtype=torch.float64), gaussian(2, 7, 7)
+    with Streaming(made) as stream:
+        made(x[:, :6])
+        stream.reorder(torch.tensor([1, 0, 1]))
+        got = made(x[[1, 0, 1], 6:])
+    assert_close(got, made(x)[[1, 0, 1], 6:])
+
+
+def test_in_an_mlp_of_which_one_layer_streams_that_one_does():
+    made, x = mlp(dtype=torch.float64), gaussian(2, 6, 7)
+    parts = x.split(3, 1)
+    hidden = [torch.nn.functional.silu(made.gate_proj(part)) * made.up_proj(part) for part in parts]
+    with Streaming(made.down_proj):
+        got = torch.cat([made(part) for part in parts], 1)
+    assert_close(got, made.down_proj(torch.cat(hidden, 1)))
 
 
 def test_a_model_with_fused_mlps():
