@@ -48,7 +48,7 @@ class STLNormLinear(nn.Module):
 
 def fits(linear: STLLinear) -> bool:
     """Whether a program of the kernels can hold a row of tiles, and so normalise it."""
-    return -(-linear.in_features // linear.tile) <= kernels.MOST_NORMALISED_TILES
+    return -(-linear.in_features // linear.tile) <= kernels.MOST_NORMALISED_TILES.get(linear.tile, 0)
 
 
 def goes_with(norm: Norm, x: Tensor) -> bool:

@@ -25,7 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("auto", "torch", "triton")
 TILES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_NORMALISED_TILES = 256  # in a row of tiles, which one program then holds
+MOST_NORMALISED_TILES = {2: 256, 4: 256, 8: 32}  # by t, in a row of tiles, which one program then holds
 HIGHEST_RANK = 64  # the channels of a block of tiles stay in registers
 LEAST_WORK, LEAST_WORK_OF_TRAINING = 2**24, 2**26
 
@@ -56,7 +56,7 @@ def is_faster(tile: int, dtype: torch.dtype, rank: int, work: int | None, traini
 
     As the GPU's work they are, but for float32 products of more than 32 channels. Called one by one (`work`: the
     numbers of the encoded input) they also cost the CPU more, up to a size; compiled, or in a CUDA graph, `work` is
-    None. Tiles of 8 were not measured: a model with them ended in an illegal memory access, in kernels or in cuBLAS.
+    None. Tiles of 8 were not measured.
     """
     if tile > 4 or (dtype == torch.float32 and rank > 32):
         return False

@@ -158,9 +158,7 @@ def hidden(first: Coded, up: Coded | None, encoder: Tensor, activation: str, til
     output = first.channels.new_empty(len(encoder), *first.channels.shape[1:])
     dtype = output.dtype
     block = 64 if _highest_rank(first, up, encoder) > 32 else 128
-    # Tiles of 8 by two warps: for a warp group, ptxas 12.8 lets the second product read from an address never computed.
-    warps = 8 if dtype == torch.float32 else 4 if tiling.tile < 8 else 2
-    grid = divide(tiling, block, warps, MANY_PROGRAMS, most_rows=16)
+    grid = divide(tiling, block, 4 if dtype != torch.float32 else 8, MANY_PROGRAMS, most_rows=16)
     if output.numel():
         with torch.cuda.device_of(output):
             _hidden[(grid.programs,)](

@@ -1,7 +1,7 @@
 """Compile every kernel that the operators launch, forward and backward, for an H200; no GPU is needed for that.
 
 For each basis TILE,RANK,NAME,DTYPE of the command line it is named, then a line for each kernel: its name, the bytes of
-shared memory that a block takes, and those that a thread spills.
+shared memory that a block takes, those that a thread spills, and how many uniform registers are read that nothing sets.
 """
 
 import os
@@ -18,10 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from stl import get_basis
+from stl import get_basis, kernels
 from stl.kernels import linear, mlp, norm  # noqa: F401  they register the operators
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>.*);")
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
@@ -44,16 +45,33 @@ def compile_only(kernel: JITFunction, *arguments, grid, warmup, **options) -> No
             attributes[index,] = [["tt.divisibility", 16]] if signature[name] != "fp32" else []
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=settings)
-    print(kernel.__name__, compiled.metadata.shared, spilled(compiled.asm["cubin"]), flush=True)
-
-
-def spilled(binary: bytes) -> int:
-    """Bytes of local memory that a thread takes."""
     with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1])
+        print(kernel.__name__, compiled.metadata.shared, spilled(file.name), len(unset(file.name)), flush=True)
+
+
+def spilled(binary: str) -> int:
+    """Bytes of local memory that a thread takes."""
+    return int(re.search(r"STACK:(\d+)", read("cuobjdump", "-res-usage", binary))[1])
+
+
+def unset(binary: str) -> set[int]:
+    """Uniform registers that are read and never set: ptxas 12.8 has computed addresses of shared memory from such."""
+    read_, set_ = set(), set()
+    for instruction in INSTRUCTION.finditer(read("nvdisasm", "-c", binary)):
+        first, *others = instruction["operands"].split(",")
+        if target := re.fullmatch(r"\s*UR(\d+)\s*", first):
+            wide = ".64" in instruction["name"] or ".WIDE" in instruction["name"]
+            set_ |= {int(target[1]) + i for i in range(1 + wide)}
+        else:
+            others.append(first)
+        read_ |= {int(number) for operand in others for number in re.findall(r"\bUR(\d+)", operand)}
+    return read_ - set_
+
+
+def read(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def main(tile: int, rank: int, name: str, dtype: torch.dtype) -> None:
@@ -65,7 +83,9 @@ def main(tile: int, rank: int, name: str, dtype: torch.dtype) -> None:
     layer = (weight, encoder, decoder, bias)
     for up, residual in ((None, None), (layer, x.detach().float())):  # as under autocast
         mlp.mlp(x, layer, up, layer, "gelu", "tokens", width, width, None, residual).sum().backward()
-    torch.ops.stl.norm_encode_gemm(x, gain, shift, weight, encoder, 1e-6, True, False).sum().backward()
+    columns = min(128, kernels.MOST_NORMALISED_TILES[tile])
+    x, gain, shift = (tensor[..., : columns * tile].contiguous() for tensor in (x, gain, shift))
+    torch.ops.stl.norm_encode_gemm(x, gain, shift, weight[:, :columns], encoder, 1e-6, True, False).sum().backward()
 
 
 if __name__ == "__main__":
