@@ -103,7 +103,8 @@ def markdown(runs: list[dict[str, Any]], metric: Metric) -> str:
 def plot(runs: list[dict[str, Any]], metric: Metric, path: Path) -> None:
     """The metric against total MACs, a point a run."""
     macs = [run["macs"]["total"] / metric.units(run) / 1e6 for run in runs]
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    lines = -(-len(runs) // 2)  # of the legend
+    figure, axes = plt.subplots(figsize=(6, 3.5 + 0.25 * lines), layout="constrained")
     for run, x, label in zip(runs, macs, labels(runs), strict=True):
         axes.plot(x, metric.score(run), "o", markersize=9, label=label)
     axes.set_xlim(0, 1.1 * max(macs))
@@ -111,7 +112,7 @@ def plot(runs: list[dict[str, Any]], metric: Metric, path: Path) -> None:
     axes.set_title(heading(runs).split(", ")[0], fontsize=11)
     axes.margins(y=0.3)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
