@@ -200,15 +200,14 @@ class STLLinear(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         rows, added = self.with_rows(x), self.with_rows_of(x, residual)
         stream = self.stream_of(x)
-        y = self.compute(rows, added) if stream is None else stream(rows, added, self.compute)
+        y = self._compute(rows, added) if stream is None else stream(rows, added, self._compute)
         return y.view(*x.shape[:-1], self.out_features)
 
     def stream_of(self, x: Tensor) -> Stream | None:
         """What remembers the rows of this x."""
         return None if self.row_axis == "batch" or self._has_lone_rows(x) else self.stream
 
-    def compute(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Without what is remembered, for `with_rows` of an input and `with_rows_of` of a residual."""
+    def _compute(self, rows: Tensor, residual: Tensor | None) -> Tensor:
         return stl_linear(
             rows,
             *self.tensors(),

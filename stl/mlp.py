@@ -4,7 +4,6 @@ With kernels the hidden activations never reach memory: the channels of one laye
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,33 +68,36 @@ class STLMLP(nn.Module):
 
     def _compute(self, x: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:
         """Without the dropout."""
-        if not self._streams(x):
+        streams = [layer.stream_of(x) for layer in self.layers]
+        together = [stream for stream in streams if stream is not None]
+        if len(together) < len(streams):
             return self._at_once(x, residual, norm)
-        first, *others = [layer.stream for layer in self.layers]
-        y = first(self.layers[0].with_rows(x), residual, partial(self._at_once, norm=norm))  # type: ignore[misc]
-        for stream in others:
-            stream.count(x.shape[-2])  # type: ignore[union-attr]
+        # The tiles of all layers are the same rows, which are remembered once, as the first layer takes them.
+        rows = self.layers[0].with_rows(x if norm is None else norm.apply(x))
+        for layer in self.layers:
+            layer.stream = None
+        try:
+            y = together[0](rows, residual, self._at_once)
+        finally:
+            for layer, stream in zip(self.layers, together, strict=True):
+                layer.stream = stream
+        for stream in together[1:]:
+            stream.count(x.shape[-2])
         return y
 
-    def _streams(self, x: Tensor) -> bool:
-        """Whether rows are remembered: then once for all layers, whose tiles are the same rows."""
-        return all(layer.stream_of(x) is not None for layer in self.layers)
-
-    def _at_once(self, x: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:
+    def _at_once(self, x: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Tensor:
         first, *up, second = self.layers
         by_kernels = self.uses_kernels(x)
         if norm is not None and not (by_kernels and fits(first) and goes_with(norm, x)):
             x, norm = norm.apply(x), None
         if by_kernels:
             return self._by_kernels(x, residual, norm)
-        call = STLLinear.compute if self._streams(x) else STLLinear.__call__
-        hidden = ACTIVATIONS[self.activation](call(first, x))
-        return call(second, hidden * call(up[0], x) if up else hidden, residual)
+        hidden = ACTIVATIONS[self.activation](first(x))
+        return second(hidden * up[0](x) if up else hidden, residual)
 
     def uses_kernels(self, x: Tensor) -> bool:
-        """As that of a layer; also while it streams, as one."""
-        alone = any(layer.stream is not None for layer in self.layers) and not self._streams(x)
-        if self.backend == "mixed" or alone:
+        """As that of a layer."""
+        if self.backend == "mixed" or any(layer.stream is not None for layer in self.layers):
             return False
         return kernels.use_triton(self.backend, x, self.layers[0].tile, max(layer.rank for layer in self.layers))
 

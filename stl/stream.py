@@ -12,8 +12,8 @@ from stl.errors import SettingError
 class Stream:
     """Cuts tiles as if all parts came at once: the incomplete last tile is kept, and computed again with what follows.
 
-    `seen` rows have come, of which the last `seen` mod t are kept. `calls` counts the parts, and is set back by whom it
-    serves.
+    `seen` rows have come, of which the last `seen` mod t are kept, unless they were only counted. `calls` counts the
+    parts, and is set back by whom it serves.
     """
 
     def __init__(self, name: str, tile: int) -> None:

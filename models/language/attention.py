@@ -1,19 +1,25 @@
 """Attention that stays on flash kernels under torch.compile.
 
 Where no token is padding, no other sequence precedes it and the cache is empty, scaled_dot_product_attention's
-`is_causal` says all that the mask of a causal model does, and without a mask PyTorch takes a flash kernel. transformers
-leaves the mask out in such a pass, but for a compiled one it cannot look whether it may: it builds the mask, and
-slower kernels run, on keys and values repeated for every head.
+`is_causal` says all that the mask of a causal model does, and without a mask PyTorch takes a flash kernel. In such a
+pass transformers leaves the mask out, but not in a compiled one: without a cache it would have to look at the position
+of every token, and with PyTorch before 2.14 it takes compiling for exporting. The mask is then built, and slower
+kernels run, on keys and values repeated for every head.
 """
 
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import Cache, DynamicCache, LlamaModel
 
-NAME = "stl_sdpa"  # as `attn_implementation`
+Given = tuple[tuple[Any, ...], dict[str, Any]]  # what a module is called with
+
+
+def leave_out_masks(model: LlamaModel) -> None:
+    """Hooks, by which its layers are given no mask where `is_causal` is all of it; a compiled pass then builds none."""
+    model.register_forward_pre_hook(_say_whether_plain, with_kwargs=True)
+    for layer in model.layers:
+        layer.register_forward_pre_hook(_leave_out_mask, with_kwargs=True)
 
 
 def is_plain(attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> bool:
@@ -22,19 +28,12 @@ def is_plain(attention_mask: Tensor | None, position_ids: Tensor | None, cache: 
     return attention_mask is None and position_ids is None and empty
 
 
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    plain: bool = False,
-    **rest: Any,
-) -> tuple[Tensor, None]:
-    """transformers' `sdpa_attention_forward`, its arguments and result; in a `plain` pass the mask is not used, so
-    that a compiled one does not build it."""
-    return sdpa_attention_forward(module, query, key, value, None if plain else attention_mask, **rest)
+def _say_whether_plain(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Given:
+    masks = [named.get(name) for name in ("attention_mask", "position_ids", "past_key_values")]
+    return given, named | {"plain": len(given) < 2 and is_plain(*masks)}
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def _leave_out_mask(layer: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Given:
+    if named.pop("plain", False) and layer.self_attn.config._attn_implementation == "sdpa":
+        named["attention_mask"] = None
+    return given, named

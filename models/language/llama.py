@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from models.language import attention
+from models.language.attention import leave_out_masks
 from models.language.cache import streaming
 from models.language.groups import REPLACED, check_groups, patterns
 from stl import ConversionReport, SettingError, STLLinear, convert
@@ -42,8 +42,7 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: STLLlamaConfig) -> None:
         super().__init__(config)
-        if config._attn_implementation == "sdpa":  # the default
-            config._attn_implementation = attention.NAME
+        leave_out_masks(self.model)
         if config.stl is not None:
             self._swap(**config.stl)
 
@@ -86,8 +85,6 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if self.config._attn_implementation == attention.NAME:
-            kwargs["plain"] = attention.is_plain(attention_mask, position_ids, past_key_values)
         with self._stream(past_key_values):
             head = self.lm_head
             whole = isinstance(head, STLLinear) and head.row_axis == "tokens"  # its tiles are cut from all tokens

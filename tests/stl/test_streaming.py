@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from stl import STLMLP, SettingError, STLLinear, STLNormLinear, Streaming, convert, fuse_mlps
+from stl import STLMLP, SettingError, STLLinear, STLNormLinear, Streaming, convert, fuse_blocks, fuse_mlps, kernels
 
 few = settings(deadline=None, derandomize=True, max_examples=12)
 
@@ -201,10 +202,46 @@ def test_by_kernels_an_mlp_streams_as_one_and_a_norm_by_itself():
     made, x = nn.Sequential(mlp(), normed).to(device), gaussian(2, 6, 7, dtype=torch.float32).to(device)
     for layer in (made[0], normed, normed.linear):
         layer.backend = "triton"
+    parts = x.split([3, 2, 1], 1)
+    with FlopCounterMode(display=False) as counter:
+        got = in_parts(made, *parts)
+    called = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
+    assert "stl.hidden_gemm" in called
+    assert "stl.norm_encode_gemm" not in called
+    torch.testing.assert_close(got, made(x), rtol=0, atol=1e-5)
+
+
+class Residual(nn.Module):
+    """x + an MLP of a norm of x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(7), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize("parts", [[7, 1, 1, 1, 1, 1, 1], [3, 10], [8, 5]])
+def test_blocks_whose_parts_are_computed_by_kernels_in_turn(parts, monkeypatch):
+    """As "auto" does with a long prompt and short steps: what is remembered is the same either way."""
+    monkeypatch.setattr(kernels, "use_triton", lambda backend, x, *_: x.shape[-2] >= 6)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made, x = nn.Sequential(Residual(), Residual()), gaussian(2, 13, 7, dtype=torch.float32).to(device)
+    assert fuse_blocks(made) == ["0", "1"]
+    made.to(device)
+    torch.testing.assert_close(in_parts(made, *x.split(parts, 1)), made(x), rtol=0, atol=1e-5)
+
+
+def test_layers_of_an_mlp_are_called_as_modules_in_a_stream_as_well():
+    made, x, calls = mlp(dtype=torch.float64), gaussian(2, 6, 7), []
+    for layer in made.layers:
+        layer.register_forward_hook(lambda layer, given, y: calls.append(layer) or 2 * y)
+    wanted, at_once = made(x), len(calls)
     with Streaming(made):
-        assert made[0].uses_kernels(x)
-        assert not normed.linear.uses_kernels(x)
-    torch.testing.assert_close(in_parts(made, *x.split([3, 2, 1], 1)), made(x), rtol=0, atol=1e-5)
+        got = made(x)
+    assert len(calls) == 2 * at_once == 6
+    assert_close(got, wanted)
 
 
 @given(parts=st.lists(st.integers(0, 6), min_size=1, max_size=6), lead=st.sampled_from([(2,), (2, 3)]))

@@ -50,17 +50,47 @@ def test_a_mask_is_built_only_where_causality_does_not_say_it_all(case, way):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_another_implementation_may_be_asked_for(implementation):
-    model = llama()
-    wanted = model(ids(2, 7)).logits
+@pytest.mark.parametrize("case", CASES)
+def test_an_implementation_that_is_asked_for(case, implementation):
+    """Compiled as well: only sdpa may go without a mask."""
+    model, inputs = llama(), {"input_ids": ids(2, 7), **CASES[case][0]}
+    wanted = model(**inputs).logits[1]  # without padding
     model.set_attn_implementation(implementation)
-    torch.testing.assert_close(model(ids(2, 7)).logits, wanted, rtol=0, atol=1e-5)  # eager: a softmax in float32
+    got = compiled(model, **inputs)[0][1]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)  # eager: a softmax in float32
 
 
-def test_a_folder_says_nothing_of_it(tmp_path):
-    model = llama()
-    model.save_pretrained(tmp_path)
-    assert "stl_sdpa" not in (tmp_path / "config.json").read_text()
-    loaded = type(model).from_pretrained(tmp_path)
-    assert loaded.config._attn_implementation == model.config._attn_implementation == "stl_sdpa"
-    assert type(model).from_pretrained(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
+def test_a_mask_of_four_axes_and_a_mask_given_by_place_are_kept():
+    model, x = llama(), ids(2, 7)
+    wanted = model(x, attention_mask=PADDING).logits
+    mask = torch.ones(7, 7, dtype=torch.bool).tril() & PADDING.bool()[:, None, None, :]
+    torch.testing.assert_close(compiled(model, input_ids=x, attention_mask=mask)[0][1], wanted[1], rtol=0, atol=1e-10)
+    hidden = model.model(x, PADDING).last_hidden_state
+    torch.testing.assert_close(model.lm_head(hidden), wanted, rtol=0, atol=1e-10)
+
+
+def test_a_cache_that_holds_tokens_keeps_its_mask():
+    model, x = llama(), ids(2, 7)
+    first = model(x[:, :4], use_cache=True)
+    logits, calls = compiled(model, input_ids=x[:, 4:], past_key_values=first.past_key_values, use_cache=True)
+    assert all(call["attn_mask"] is not None for call in calls)
+    torch.testing.assert_close(logits, model(x).logits[:, 4:], rtol=0, atol=1e-10)
+
+
+def test_what_else_is_handed_through_knows_nothing_of_it():
+    """The loss function gets what the model gets beside its own arguments."""
+    model, given = llama(), {}
+    model.loss_function = lambda logits, labels, vocab_size, **rest: given.update(rest) or logits.sum()
+    model(ids(2, 7), labels=ids(2, 7))
+    assert not given
+    assert "stl" not in (model.config._attn_implementation or "")
+
+
+def test_continuous_batching_gives_the_tokens_of_generate():
+    from transformers import GenerationConfig
+
+    model, prompt = llama().float(), ids(1, 5)
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    wanted = model.generate(prompt, generation_config=config)[0, 5:].tolist()
+    (got,) = model.generate_batch(prompt.tolist(), generation_config=config, progress_bar=False).values()
+    assert got.generated_tokens == wanted

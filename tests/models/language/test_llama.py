@@ -251,6 +251,8 @@ def test_macs_are_those_of_the_reference(way):
         logits(model, x)
     assert 2 * report.total == counter.get_total_flops()
     assert report.dense_macs["linear"] == 30 * (2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 36) + 24 * 40)
+    fuse_mlps(model)
+    assert vars(count_flops(model, x.shape, torch.int64)) == vars(report)
 
 
 def test_its_mlps_are_found_for_the_kernels():
