@@ -185,14 +185,14 @@ def _check_sides(train: Documents, val: Documents | None, about: dict[str, Any])
     if not about["train"]["documents"]:
         raise SettingError(
             f"{train.setting} leaves no document to train on, of {about['val']['documents']} that are not empty; set "
-            "it to another, or data.val_share lower"
+            "it to another, data.val_share lower, or say with data.separator where a document ends"
         )
     if about["val"]["documents"]:
         return
     if val is None:
         raise SettingError(
             f"data.val_share leaves none of {about['train']['documents']} documents in {train.setting} for validation; "
-            "set it higher, or give the held-out text itself"
+            "set it higher, say with data.separator where a document ends, or give the held-out text itself"
         )
     if dropped := about["val"]["dropped"]:
         raise SettingError(

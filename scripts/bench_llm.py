@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from models.callbacks import write_json
 from models.semi_structured import DTYPES
 from models.sparse24 import Sparse24Linear
-from stl import STLLinear, count_flops, fuse_mlps
+from stl import SettingError, STLLinear, count_flops, fuse_mlps
 
 WAYS: dict[str, dict[str, Any]] = {  # of keeping a model causal: basis and row axis
     "tokens": {"basis": "causal", "row_axis": "tokens"},
@@ -50,9 +50,12 @@ WAYS: dict[str, dict[str, Any]] = {  # of keeping a model causal: basis and row 
 
 
 def configuration(model: str) -> Any:
-    """One of configs/model/."""
+    """One of configs/model/. Raises SettingError where it is of images."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", overrides=[f"model={model}"]).model
+        config = compose("train", overrides=[f"model={model}"]).model
+    if "vocab_size" not in config:
+        raise SettingError(f"--models {model} is no language model; give some of configs/model/ as llama_small")
+    return config
 
 
 def build(config: Any, linear: Callable[..., nn.Module], device: str, dtype: torch.dtype) -> Any:

@@ -25,7 +25,7 @@ from throughput import Case, How, measure_all
 
 from models.build import check_name
 from models.compiling import MODES
-from stl import get_basis
+from stl import SettingError, get_basis
 from stl.kernels import BACKENDS, use_triton
 
 MODELS = ["t2t_vit_7", "t2t_vit_14", "deit_small_patch16_224", "deit_base_patch16_224"]
@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("results/models.json"))
     arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        raise SettingError(f"--batch-size {arguments.batch_size} must be 1 or more")
     backends = backends_of(arguments)
     check(arguments.models, arguments.ranks, backends, arguments.device)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

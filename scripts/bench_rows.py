@@ -53,8 +53,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--results", type=Path, default=Path("results"))
     arguments = parser.parse_args()
-    check_device(arguments.device)
     study = read_study(arguments.table)
+    asked = [row for section in chosen(study, arguments.only) for row in section.rows]
+    check_device(arguments.device)
     out = arguments.results / study.name / SPEED
     mode = None if arguments.compile == "none" else arguments.compile
     here = machine() | {"precision": "bf16 autocast", "compile": mode, "device": arguments.device}
@@ -65,7 +66,7 @@ def main() -> None:
         refuse_other(out, earlier["machine"], here, SAME)
         rows = earlier["models"]
     out.parent.mkdir(parents=True, exist_ok=True)
-    for row in [row for section in chosen(study, arguments.only) for row in section.rows]:
+    for row in asked:
         if model_settings(row.runs[0].overrides) in [done["settings"] for done in rows]:
             continue
         rows.append(measure_row(row, arguments.set, how))

@@ -1,6 +1,6 @@
 """Markdown tables and a plot of what bench_ops.py, bench_blocks.py, bench_models.py and bench_llm.py wrote.
 
-    python scripts/bench_table.py results/ops_h200.json results/blocks_h200.json --plot results/speed_h200.png
+    python scripts/bench_table.py results/ops_h200.json --plot results/speed_h200.png > results/speed_h200.md
 
 Tables have a row a shape and a column a method; the method that all are compared with has its time (of models its
 images a second), the others their speed against it and in brackets the most that it could be, by the ceilings that
@@ -166,7 +166,7 @@ def section(path: Path, facts: dict[str, Any], groups: list[Group]) -> str:
         parts += left_dense(group)
     programs = " and ".join(dict.fromkeys(f"`scripts/{group.program}`" for group in groups))
     more = ", ".join(str(facts[key]) for key in ("dtype", "precision") if facts.get(key))
-    source = f"[{path.as_posix()}]({path.as_posix()}) by {programs}"
+    source = f"[{path.as_posix()}]({path.name}) by {programs}"  # a table lies beside the file that it is of
     return "\n\n".join([*parts, f"<sub>{source}{f', {more}' if more else ''}; {origin(facts)}.</sub>"])
 
 

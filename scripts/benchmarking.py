@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT as Compressed
 
 from models.callbacks import git_commit
@@ -128,10 +129,10 @@ def _search(layer: SemiStructuredLinear, args: tuple[Tensor, ...], in_rows: bool
 
 
 def tried(method: Method) -> Method:
-    """The method; as refused where running it raises one of REFUSALS."""
+    """The method; as refused where running it raises one of REFUSALS, or can no more be compiled."""
     try:
         method.run()
-    except REFUSALS as error:
+    except (*REFUSALS, FailOnRecompileLimitHit) as error:
         return replace(method, refused=reason(error))
     return method
 
@@ -338,7 +339,7 @@ def refuse_other(path: Path, earlier: dict[str, Any], here: dict[str, Any], same
     """Raises SettingError where one of the facts that all rows of a file share was another when it was begun."""
     changed = [f"{key} was {earlier.get(key)}, is {here[key]}" for key in same if earlier.get(key) != here[key]]
     if changed:
-        raise SettingError(f"{path} is of another machine or version ({'; '.join(changed)}); give --out another file")
+        raise SettingError(f"{path} is of another machine or version ({'; '.join(changed)}); give another file")
 
 
 def cpu() -> str:

@@ -182,17 +182,17 @@ def main() -> None:
     try:
         results = json.loads(arguments.throughput.read_text())
         loader = json.loads(arguments.loader.read_text()) if arguments.loader else None
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}; give a file that throughput.py or, with --loader, bench_loader.py wrote")
-    results["models"] = [
-        row for row in results["models"] if "training_images_per_second" in row
-    ]  # the others are wrong
+        right = [row for row in results["models"] if "training_images_per_second" in row]  # the others are wrong
+        each = full_load(loader)["images_per_second_per_core"] if loader else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"there is no {error} in it" if isinstance(error, KeyError) else error
+        sys.exit(f"error: {what}; give a file that throughput.py or, with --loader, bench_loader.py wrote")
+    results["models"] = right
     entries = []
     for row in with_measured(paper_rows(), results["models"]):
         for gpus in arguments.gpus:
             entry = cost(row, gpus, results["models"], arguments.efficiency, arguments.price)
-            if loader and "hours" in entry:
-                each = full_load(loader)["images_per_second_per_core"]
+            if each and "hours" in entry:
                 entry["loader_cores"] = math.ceil(entry["training_images_per_second"] / each)
             entries.append(entry)
     print(report(entries, results, loader, arguments.price))

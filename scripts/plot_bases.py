@@ -19,7 +19,7 @@ from stl import get_basis, list_bases
 from stl.basis import available_ranks
 from stl.errors import SettingError
 
-TILES = (2, 3, 4)
+TILES, LARGEST = (2, 3, 4), 8  # a basis of a tile of 9 has up to 729 channels
 DIGITS = 6  # significant ones: what processors differ in is beyond
 ZERO = 1e-12  # errors below are rounding
 YARDSTICK = "products"
@@ -37,8 +37,8 @@ def measure(name: str, tile: int, rank: int) -> dict[str, Any]:
 def measure_all(tiles: list[int]) -> list[dict[str, Any]]:
     """A row for every basis that is registered for these tiles; raises SettingError for a tile that has none."""
     for tile in tiles:
-        if tile < 1 or not list_bases(tile):
-            raise SettingError(f"--tile {tile} has no bases; tiles are positive whole numbers such as 2, 3, 4")
+        if not 1 <= tile <= LARGEST or not list_bases(tile):
+            raise SettingError(f"--tile {tile} is not drawn; give whole numbers from 1 to {LARGEST} that have bases")
     return [
         measure(name, tile, rank) for tile in tiles for name in list_bases(tile) for rank in available_ranks(name, tile)
     ]

@@ -176,7 +176,10 @@ class STLLinear(nn.Module):
 
         With `from_dense` it starts from the dense weight (exact bases then give the same outputs), otherwise from a
         fresh draw that takes over the dense weight's standard deviation and the bias, as for training from scratch.
+        Raises SettingError where `linear` is no nn.Linear, and for settings that the constructor refuses.
         """
+        if not isinstance(linear, nn.Linear):
+            raise SettingError(f"a {type(linear).__name__} is no nn.Linear, and cannot become an STLLinear")
         layer = cls(
             linear.in_features,
             linear.out_features,

@@ -79,7 +79,7 @@ def test_rows_that_the_file_has_are_not_computed_again(program, trained, tmp_pat
     said = out.with_suffix(".md").read_text()
     assert said.index("| 2 | als (exact) | 7 | 0.50 | 50.0 |") < said.index("| 4 | als | 16 |")
     with pytest.raises(
-        SystemExit, match=r"is of another machine or version \(images was 8, is 12\); give --out another"
+        SystemExit, match=r"is of another machine or version \(images was 8, is 12\); give another file"
     ):
         program(*words, "--images", 9)
 

@@ -212,7 +212,7 @@ def test_a_stopped_program_keeps_its_rows(tmp_path, calls, monkeypatch):
 def test_a_file_of_another_machine_or_version_is_refused(key, tmp_path, calls):
     out = tmp_path / "file.json"
     measure_all(out, [SINGLE])
-    with pytest.raises(SettingError, match=rf".*file.json is of another .*{key} was .*, is new.*give --out"):
+    with pytest.raises(SettingError, match=rf".*file.json is of another .*{key} was .*, is new.*give another file"):
         measure_all(out, [DDP], here=HERE | {key: "new"})
     assert calls == [SINGLE]
 

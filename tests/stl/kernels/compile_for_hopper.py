@@ -57,7 +57,10 @@ def spilled(binary: str) -> int:
 
 
 def unset(binary: str) -> set[int]:
-    """Uniform registers that are read and never set: ptxas 12.8 has computed addresses of shared memory from such."""
+    """Uniform registers that are read and set nowhere: ptxas 12.8 has computed addresses of shared memory from such.
+
+    One that is set on another path only, or too late, is not found, nor the upper half of a pair.
+    """
     read_, set_ = set(), set()
     for instruction in INSTRUCTION.finditer(read("nvdisasm", "-c", binary)):
         first, *others = instruction["operands"].split(",")
@@ -78,14 +81,15 @@ def main(tile: int, rank: int, name: str, dtype: torch.dtype) -> None:
     basis = get_basis(name, tile, rank)
     encoder, decoder = (matrix.to(dtype).requires_grad_() for matrix in (basis.encode_x, basis.decode))
     width = 128 * tile
-    x, gain, shift, bias = (torch.ones(*size, width, dtype=dtype).requires_grad_() for size in ((2, 16), (), (), ()))
+    x, bias = (torch.ones(*size, width, dtype=dtype).requires_grad_() for size in ((2, 16), ()))
     weight = torch.ones(rank, 128, 128, dtype=dtype).requires_grad_()
     layer = (weight, encoder, decoder, bias)
     for up, residual in ((None, None), (layer, x.detach().float())):  # as under autocast
         mlp.mlp(x, layer, up, layer, "gelu", "tokens", width, width, None, residual).sum().backward()
-    columns = min(128, kernels.MOST_NORMALISED_TILES[tile])
-    x, gain, shift = (tensor[..., : columns * tile].contiguous() for tensor in (x, gain, shift))
-    torch.ops.stl.norm_encode_gemm(x, gain, shift, weight[:, :columns], encoder, 1e-6, True, False).sum().backward()
+    columns = kernels.MOST_NORMALISED_TILES[tile]
+    x, gain, shift = (torch.ones(*size, columns * tile, dtype=dtype).requires_grad_() for size in ((2, 16), (), ()))
+    weight = torch.ones(rank, columns, 16, dtype=dtype)
+    torch.ops.stl.norm_encode_gemm(x, gain, shift, weight, encoder, 1e-6, True, False).sum().backward()
 
 
 if __name__ == "__main__":
