@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from study import SPEED, SUMMARY, Row, Run, model_settings
+from study import SPEED, Row, Run, model_settings
 
 from models.language.groups import REPLACED
 
@@ -62,12 +62,10 @@ def token_speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [speed for speed in fastest.values() if "prefill" in speed]
 
 
-def measured(run: Run, results: Path) -> tuple[Any, ...] | None:
+def measured(run: Run, summary: dict[str, Any], results: Path) -> tuple[Any, ...] | None:
     """Which of the models of bench_llm.py an ended run's is; None where other groups of its layers are replaced than
     there. Two bases of one rank cost the same."""
-    folder = results / run.folder
-    summary: Any = json.loads((folder / SUMMARY).read_text())
-    config: Any = OmegaConf.load(folder / "config.yaml")
+    config: Any = OmegaConf.load(results / run.folder / "config.yaml")
     linear, groups = summary["linear"], config["model"].get("linear_groups")
     if linear["type"] != "dense" and groups and set(groups) != set(REPLACED):
         return None
@@ -80,7 +78,7 @@ def read_result(row: Row, results: Path, speeds: Sequence[dict[str, Any]]) -> Re
     own = model_settings(row.runs[0].overrides)
     ended = {summary["seed"]: summary for summary in summaries.values() if summary}
     of_tokens = any("of" in speed for speed in speeds)
-    of = next((measured(run, results) for run, summary in summaries.items() if summary and of_tokens), None)
+    of = next((measured(run, summary, results) for run, summary in summaries.items() if summary and of_tokens), None)
     speed = next(
         (speed for speed in speeds if (speed["of"] == of if "of" in speed else speed["settings"] == own)), None
     )

@@ -160,7 +160,6 @@ class STLLinear(nn.Module):
         self._reset_constants()
         return basis
 
-    @torch.no_grad()
     def _reset_constants(self) -> None:
         """From the basis, whatever a file says."""
         basis = get_basis(self.basis, self.tile, self.rank)

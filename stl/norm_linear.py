@@ -16,9 +16,9 @@ from stl.precision import autocast_dtype
 class STLNormLinear(nn.Module):
     """norm → linear, (..., n, k) → (..., n, m), for a `torch.nn.LayerNorm` or `torch.nn.RMSNorm` over the k features.
 
-    The numbers are those of one after the other. The attribute `backend` is that of the layer; kernels take up to 256
-    tiles in a row of tiles, 32 at t = 8, and wider layers are computed one after the other. Raises SettingError for
-    another normalisation or layer.
+    The numbers are those of one after the other. The attribute `backend` is that of the layer; kernels take up to
+    `stl.kernels.MOST_NORMALISED_TILES` tiles in a row of tiles, and wider layers are computed one after the other.
+    Raises SettingError for another normalisation or layer.
     """
 
     def __init__(self, norm: nn.LayerNorm | nn.RMSNorm, linear: STLLinear) -> None:

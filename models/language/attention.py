@@ -9,8 +9,8 @@ kernels run, on keys and values repeated for every head.
 
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import Cache, DynamicCache, LlamaModel
+from torch import nn
+from transformers import DynamicCache, LlamaModel
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # what a module is called with
 
@@ -22,15 +22,12 @@ def leave_out_masks(model: LlamaModel) -> None:
         layer.register_forward_pre_hook(_leave_out_mask, with_kwargs=True)
 
 
-def is_plain(attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> bool:
-    """Whether the arguments of a pass alone, not the values of tensors, say that `is_causal` is all of its mask."""
-    empty = cache is None or (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0)
-    return attention_mask is None and position_ids is None and empty
-
-
 def _say_whether_plain(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Given:
-    masks = [named.get(name) for name in ("attention_mask", "position_ids", "past_key_values")]
-    return given, named | {"plain": len(given) < 2 and is_plain(*masks)}
+    """By the arguments alone, not by what stands in tensors; those behind the tokens are looked for by name."""
+    cache = named.get("past_key_values")
+    empty = cache is None or (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0)
+    masked = named.get("attention_mask") is not None or named.get("position_ids") is not None
+    return given, named | {"plain": empty and not masked and len(given) < 2}
 
 
 def _leave_out_mask(layer: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Given:

@@ -151,3 +151,10 @@ def test_out_of_range(words, tmp_path, monkeypatch):
 def test_a_missing_file(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"error: .*gone.json.*; give a file that throughput.py"):
         run(monkeypatch, tmp_path, "--price", 1, "--loader", tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize("loader", ["throughput.json", "other.json"])
+def test_a_file_of_another_program(loader, tmp_path, monkeypatch):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"error: there is no .loader. in it; give a file that throughput.py"):
+        run(monkeypatch, tmp_path, "--price", 1, "--loader", tmp_path / loader)

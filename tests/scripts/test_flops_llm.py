@@ -9,6 +9,8 @@ from bench_llm import configuration
 from llamas import SIZES
 from omegaconf import OmegaConf
 
+from stl import SettingError
+
 
 def test_a_token_of_each_kind_costs_what_its_matrices_say(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
@@ -23,3 +25,8 @@ def test_a_token_of_each_kind_costs_what_its_matrices_say(tmp_path, monkeypatch)
     assert sparse["macs"]["linear"] == 8 * (swapped / 2 + 24 * 40)
     assert stl["macs"]["core"] == 8 * (swapped / 4 + 24 * 40)
     assert f"| {dense['macs']['total'] / 8 / 1e6:.1f} |" in (tmp_path / "flops_llm.md").read_text()
+
+
+def test_a_model_of_images_is_one_line():
+    with pytest.raises(SettingError, match=r"^--models t2t_vit is no language model; give some of configs/model/"):
+        configuration("t2t_vit")

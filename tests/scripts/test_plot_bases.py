@@ -83,8 +83,8 @@ def test_every_basis_said_to_be_exact_is_exact_over_the_rationals():
         assert is_exact_over_rationals(get_basis(*size)), size
 
 
-@pytest.mark.parametrize("tile", [0, -1])
-def test_a_tile_without_bases_is_one_line(monkeypatch, tmp_path, tile):
+@pytest.mark.parametrize("tile", [0, -1, 9])
+def test_a_tile_that_is_not_drawn_is_one_line(monkeypatch, tmp_path, tile):
     with pytest.raises(SystemExit, match=f"^error: --tile {tile} is not drawn; give whole numbers from 1 to 8"):
         plot(monkeypatch, f"--tile={tile}", "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -82,6 +82,11 @@ def test_from_linear_keeps_dtype_mode_and_what_is_frozen(dtype, from_dense):
     assert (error < 16 * torch.finfo(dtype).eps) == from_dense
 
 
+def test_from_linear_of_another_layer_is_one_line():
+    with pytest.raises(SettingError, match=r"^a Conv2d is no nn.Linear, and cannot become an STLLinear$"):
+        STLLinear.from_linear(torch.nn.Conv2d(3, 3, 1), basis="exact48", rank=48)
+
+
 def test_from_linear_on_the_meta_device_allocates_nothing():
     made = STLLinear.from_linear(nn.Linear(6, 5, device="meta"))
     assert {parameter.device.type for parameter in made.parameters()} == {"meta"}

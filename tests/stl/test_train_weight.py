@@ -67,7 +67,7 @@ def test_encode_weights_leaves_plain_layers():
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).double()
     convert(model, from_dense=True, train_weight="dense")
     assert "train_weight='dense'" in str(model)
-    like = convert_plain(model)
+    like = plain()
     x = gaussian(2, 4, 8)
     before, macs = model(x), count_flops(model, (2, 4, 8)).total
     copied = copy.deepcopy(model)
@@ -83,7 +83,7 @@ def test_encode_weights_leaves_plain_layers():
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in like.named_parameters()}
 
 
-def convert_plain(model: nn.Module) -> nn.Module:
+def plain() -> nn.Module:
     made = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).double()
     convert(made)
     return made
