@@ -183,7 +183,7 @@ def main() -> None:
         results = json.loads(arguments.throughput.read_text())
         loader = json.loads(arguments.loader.read_text()) if arguments.loader else None
         right = [row for row in results["models"] if "training_images_per_second" in row]  # the others are wrong
-        each = full_load(loader)["images_per_second_per_core"] if arguments.loader else None
+        each = full_load(loader)["images_per_second_per_core"] if loader is not None else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"there is no {error} in it" if isinstance(error, KeyError) else error
         sys.exit(f"error: {what}; give a file that throughput.py or, with --loader, bench_loader.py wrote")
