@@ -80,7 +80,7 @@ UNSHAPED += ("rms_norm_eps", "rope_parameters", "tie_word_embeddings")
 
 # What a checkpoint must share with the run that goes on from it, beyond the shapes of its weights.
 _IDENTITY = {
-    "model": ("name", "token_order", "strides", "linear_groups"),
+    "model": ("name", "token_order", "strides", "linear_groups", "merged"),
     "linear": ("_target_", "tile", "rank", "basis", "row_axis", "train_basis", "train_weight", "factor", "window"),
 }
 

@@ -5,7 +5,8 @@
 
 Prefill computes the logits of --batch sequences of --length tokens at once, with a cache, as a CUDA graph, on a GPU
 also compiled. Decoding feeds as many sequences --steps tokens, one after the other, from an empty cache, by the CPU's
-launches as generation does. Weights are random: they change no time. Each way is held against itself in higher
+launches as generation does. Weights are random: they change no time. All ways come with projections apart, as
+transformers has them, and merged: one layer where several read the same x. Each is held against itself in higher
 precision before it is timed; by the kernels STL comes with its MLPs fused as well, and is compiled only so; 2:4 is
 PyTorch's sparse kernels, on a GPU in 16 bits, each layer with the algorithm that cuSPARSELt's search finds.
 """
@@ -43,6 +44,7 @@ from models.semi_structured import DTYPES
 from models.sparse24 import Sparse24Linear
 from stl import SettingError, STLLinear, count_flops, fuse_mlps
 
+PROJECTIONS = ("apart", "merged")  # of what reads the same x
 WAYS: dict[str, dict[str, Any]] = {  # of keeping a model causal: basis and row axis
     "tokens": {"basis": "causal", "row_axis": "tokens"},
     "batch": {"basis": "shuffle", "row_axis": "batch"},
@@ -58,19 +60,24 @@ def configuration(model: str) -> Any:
     return config
 
 
-def build(config: Any, linear: Callable[..., nn.Module], device: str, dtype: torch.dtype) -> Any:
+def build(config: Any, linear: Callable[..., nn.Module], device: str, dtype: torch.dtype, merged: bool = False) -> Any:
     """The model, drawn anew."""
     torch.manual_seed(0)
-    vocabulary = config.vocab_size or 4096
-    return instantiate(config, linear=linear, tokens=vocabulary, length=1, sample=None).to(device, dtype).eval()
+    given = {"linear": linear, "tokens": config.vocab_size or 4096, "length": 1, "sample": None, "merged": merged}
+    return instantiate(config, **given).to(device, dtype).eval()
 
 
 def variants(
-    arguments: argparse.Namespace, config: Any, dtype: torch.dtype, run: Callable[[Any], object], ways: tuple[bool, ...]
+    arguments: argparse.Namespace,
+    config: Any,
+    dtype: torch.dtype,
+    merged: bool,
+    run: Callable[[Any], object],
+    ways: tuple[bool, ...],
 ) -> Iterator[tuple[str, bool, Any, Any, dict]]:
     """Name, whether it is to be compiled (each of `ways`), the model that is timed, the one that it is held against,
     and what rows say of it. `run` is a pass, for which 2:4 searches its algorithms."""
-    make = partial(build, config, device=arguments.device, dtype=dtype)
+    make = partial(build, config, device=arguments.device, dtype=dtype, merged=merged)
     dense = make(nn.Linear)
     for compiled in ways:
         yield "dense", compiled, dense, dense, {"linear": "dense"}
@@ -125,20 +132,23 @@ def methods(arguments: argparse.Namespace, config: Any, phase: str, dtype: torch
     ids = torch.arange(arguments.batch * length, device=arguments.device).view(arguments.batch, length) % 997
     at_once, times = (ids, 1) if phase == "prefill" else (ids[:, :1], length)
     ways = (False, True)[: 2 if phase == "prefill" and arguments.device == "cuda" else 1]
-    cases = variants(arguments, config, dtype, lambda model: run(model, at_once), ways)
-    for name, compiled, timed, reference, facts in cases:
+    for projections in arguments.projections:
+        merged = projections == "merged"
+        cases = variants(arguments, config, dtype, merged, lambda model: run(model, at_once), ways)
+        for name, compiled, timed, reference, facts in cases:
 
-        def wanted(reference: Any = reference) -> tuple[Tensor, ...]:
-            return run(copy.deepcopy(reference).to(wide), ids)
+            def wanted(reference: Any = reference) -> tuple[Tensor, ...]:
+                return run(copy.deepcopy(reference).to(wide), ids)
 
-        macs = times * count_flops(reference, at_once.shape, torch.int64).total
-        numbers = times * weights(reference)
-        facts = {"tokens": ids.numel(), **facts}
-        refused = facts.pop("refused", None)
-        if compiled:
-            name, timed = f"{name}, compiled", torch.compile(timed, dynamic=False)
-        method = Method(name, partial(run, timed, ids), wanted, macs, numbers, facts, phase == "prefill", refused)
-        yield tried(method) if (compiled or name == SPARSE) and refused is None else method
+            macs = times * count_flops(reference, at_once.shape, torch.int64).total
+            numbers = times * weights(reference)
+            facts = {"tokens": ids.numel(), "merged": merged, **facts}
+            refused = facts.pop("refused", None)
+            name = f"{name}{', merged' * merged}"
+            if compiled:
+                name, timed = f"{name}, compiled", torch.compile(timed, dynamic=False)
+            method = Method(name, partial(run, timed, ids), wanted, macs, numbers, facts, phase == "prefill", refused)
+            yield tried(method) if (compiled or facts["linear"] == "sparse24") and refused is None else method
 
 
 def main() -> None:
@@ -146,6 +156,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["llama_tinyllama"], help="of configs/model/")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--phases", nargs="+", choices=("prefill", "decode"), default=["prefill", "decode"])
+    parser.add_argument("--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS))
     parser.add_argument("--batch", type=int, default=8, help="sequences")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence in prefill")
     parser.add_argument("--steps", type=int, default=32, help="tokens of a sequence in decoding")

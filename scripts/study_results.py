@@ -56,7 +56,7 @@ def token_speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     fastest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         if rate := row.get("tokens_per_second"):
-            of = row["model"], row["linear"], row.get("rank"), row.get("way")
+            of = row["model"], row["linear"], row.get("rank"), row.get("way"), row.get("merged", False)
             speed = fastest.setdefault(of, {"of": of})
             speed[row["phase"]] = max(rate, speed.get(row["phase"], 0.0))
     return [speed for speed in fastest.values() if "prefill" in speed]
@@ -70,7 +70,7 @@ def measured(run: Run, summary: dict[str, Any], results: Path) -> tuple[Any, ...
     if linear["type"] != "dense" and groups and set(groups) != set(REPLACED):
         return None
     way = config["linear"].get("row_axis") if linear["type"] == "stl" else None
-    return summary["model"], linear["type"], linear["rank"], way
+    return summary["model"], linear["type"], linear["rank"], way, config["model"].get("merged", False)
 
 
 def read_result(row: Row, results: Path, speeds: Sequence[dict[str, Any]]) -> Result:

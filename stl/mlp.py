@@ -26,6 +26,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class STLMLP(nn.Module):
     """second(activation(first(x))), or gated second(activation(first(x))·up(x)), then dropout.
 
+    A gated one may have its first two layers in one, whose first half of features is activated and multiplied with the
+    second: `halves=True`. Their tiles are then encoded once, by one encoder.
+
     Input (..., n, k), output (..., n, m). A residual of the output's shape is added to it, and a norm applied to the
     input; with kernels neither is a pass over memory of its own. The numbers are those of the layers one after the
     other. The layers keep the names that they are given, in the order first, up, second, so that state dicts stay as
@@ -43,17 +46,19 @@ class STLMLP(nn.Module):
         dropout: float = 0.0,
         *,
         up: STLLinear | None = None,
+        halves: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise SettingError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
         layers = [first, *([] if up is None else [up]), second]
         check_is_stl(*layers)
-        if not fit(first, up, second):
-            before = f"{first}" if up is None else f"{first} and {up}"
+        if not fit(first, up, second, halves):
+            before = f"{'the halves of ' * halves}{first}" if up is None else f"{first} and {up}"
             raise SettingError(f"{second} cannot follow {before}: sizes, tiles and row axes must agree")
-        self.activation, self.dropout = activation, dropout
-        self.names = tuple(names or (("fc1", "fc2") if up is None else ("gate_proj", "up_proj", "down_proj")))
+        self.activation, self.dropout, self.halves = activation, dropout, halves
+        usual = ("fc1", "fc2") if up is None else ("gate_proj", "up_proj", "down_proj")
+        self.names = tuple(names or (("gate_up_proj", "down_proj") if halves else usual))
         if len(self.names) != len(layers):
             raise SettingError(f"names={self.names} must be {len(layers)}, one for each layer")
         for name, layer in zip(self.names, layers, strict=True):
@@ -92,8 +97,9 @@ class STLMLP(nn.Module):
             x, norm = norm.apply(x), None
         if by_kernels:
             return self._by_kernels(x, residual, norm)
-        hidden = ACTIVATIONS[self.activation](first(x))
-        return second(hidden * up[0](x) if up else hidden, residual)
+        gate, *factor = first(x).chunk(2, -1) if self.halves else [layer(x) for layer in (first, *up)]
+        hidden = ACTIVATIONS[self.activation](gate)
+        return second(hidden * factor[0] if factor else hidden, residual)
 
     def uses_kernels(self, x: Tensor) -> bool:
         """As that of a layer."""
@@ -106,7 +112,7 @@ class STLMLP(nn.Module):
 
         first, *up, second = self.layers
         rows = first.with_rows(x)
-        between = rows[..., :1].expand(*rows.shape[:-1], first.out_features)  # of that shape, dtype and device
+        between = rows[..., :1].expand(*rows.shape[:-1], second.in_features)  # of that shape, dtype and device
         tensors = [layer.tensors() for layer in self.layers]
         for layer, own in zip(self.layers, tensors, strict=True):
             check_arguments(between if layer is second else rows, *own, layer.row_axis, layer.out_features)
@@ -117,7 +123,7 @@ class STLMLP(nn.Module):
             tensors[-1],
             self.activation,
             first.row_axis,
-            first.out_features,
+            second.in_features,
             second.out_features,
             norm,
             second.with_rows_of(x, residual),
@@ -126,7 +132,7 @@ class STLMLP(nn.Module):
 
     @property
     def layers(self) -> list[STLLinear]:
-        """first, up where the MLP is gated, second."""
+        """first, up where it is a layer of its own, second."""
         return [getattr(self, name) for name in self.names]
 
     @property
@@ -144,11 +150,12 @@ class STLMLP(nn.Module):
         return self.layers[-1].out_features
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, dropout={self.dropout}"
+        return f"activation={self.activation!r}, dropout={self.dropout}, halves={self.halves}"
 
 
-def fit(first: STLLinear, up: STLLinear | None, second: STLLinear) -> bool:
-    """Whether all cut alike, the layers before the activation have the same sizes, and the second takes them."""
+def fit(first: STLLinear, up: STLLinear | None, second: STLLinear, halves: bool = False) -> bool:
+    """Whether all cut alike, the layers before the activation have the same sizes, and the second takes them, or one
+    half of the tiles of the first."""
 
     def cut(layer: STLLinear) -> tuple[int, str]:
         return layer.tile, layer.row_axis
@@ -158,4 +165,6 @@ def fit(first: STLLinear, up: STLLinear | None, second: STLLinear) -> bool:
 
     other = first if up is None else up
     alike = cut(first) == cut(other) == cut(second) and sizes(first) == sizes(other)
-    return alike and first.out_features == second.in_features
+    if halves and (up is not None or second.in_features % second.tile):
+        return False
+    return alike and first.out_features == (1 + halves) * second.in_features

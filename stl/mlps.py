@@ -19,9 +19,10 @@ def fuse_mlps(model: nn.Module) -> list[str]:
 
     What a module computes is read off its traced graph, in training and in evaluation: first → activation → second, or
     second(activation(first(x))·up(x)), of STL layers with GELU (exact or tanh), ReLU or SiLU, dropout before the output
-    only. Left alone is what has hooks or a patched forward, parameters or buffers of its own, a forward of more than
-    one argument or one that changes the module, or layers of different backends. Returns the names of what was
-    replaced; state dicts stay as they were, other attributes of the modules are gone.
+    only; first and up may be the halves of one layer, as in Phi-3. Left alone is what has hooks or a patched forward,
+    parameters or buffers of its own, a forward of more than one argument or one that changes the module, or layers of
+    different backends. Returns the names of what was replaced; state dicts stay as they were, other attributes of the
+    modules are gone.
     """
     replaced = []
     for name, module in list(model.named_modules()):
@@ -44,18 +45,21 @@ def _fused(module: nn.Module) -> STLMLP | None:
     evaluated, trained = found[False], found[True]
     if evaluated is None or trained is None or evaluated != trained._replace(dropout=0.0):
         return None
-    first, *up, second = (getattr(module, name) for name in trained.names)
-    if not fit(first, up[0] if up else None, second) or len({layer.backend for layer in layers}) > 1:
+    first, *others, second = (getattr(module, name) for name in trained.names)
+    up = others[0] if others else None
+    if not fit(first, up, second, trained.halves) or len({layer.backend for layer in layers}) > 1:
         return None
-    fused = STLMLP(first, trained.activation, second, trained.names, trained.dropout, up=up[0] if up else None)
+    fused = STLMLP(first, trained.activation, second, trained.names, trained.dropout, up=up, halves=trained.halves)
     return fused if fused.state_dict().keys() == module.state_dict().keys() else None
 
 
 class _Found(NamedTuple):
-    """What a graph computes: the names of first, up where it is gated, and second, and the dropout behind them."""
+    """What a graph computes: the names of first, up where it is a layer of its own, and second, whether first is gate
+    and up in one, and the dropout behind them."""
 
     activation: str
     names: tuple[str, ...]
+    halves: bool
     dropout: float
 
 
@@ -67,32 +71,52 @@ class _Reader:
 
     def read(self) -> _Found | None:
         x, *steps, last = self.nodes
-        once = all(len(node.users) == 1 for node in steps)
-        if not (steps and once and isinstance(last.args[0], fx.Node)):
+        if not (steps and isinstance(last.args[0], fx.Node)):
             return None
         end, dropouts = self._behind_dropouts(last.args[0])
         inner = self._hidden(self._input(end)) if self._is_layer(end) else None
         if inner is None or len(dropouts) > 1:
             return None
         activation, *firsts = inner
-        nodes = [*firsts, end]
+        layer, divided = self._whole(*firsts) if len(firsts) == 2 else (None, None)
+        if any(len(node.users) != 1 and node is not divided for node in steps):
+            return None
+        nodes = [*(firsts if layer is None else [layer]), end]
         names = tuple(str(node.target) for node in nodes)
         if not all(map(self._is_layer, nodes)) or "." in "".join(names):
             return None
-        if any(node.all_input_nodes != [x] for node in firsts):
+        if any(node.all_input_nodes != [x] for node in nodes[:-1]):
             return None
-        return _Found(activation, names, sum(dropouts))
+        return _Found(activation, names, layer is not None, sum(dropouts))
 
     def _hidden(self, node: fx.Node) -> tuple[Any, ...] | None:
         """(activation, node of first), or for activation(first)·up (activation, node of first, node of up)."""
         factors = [node]
         if node.target in (operator.mul, torch.mul) and len(node.all_input_nodes) == 2:
             factors = [self._input(node, which) for which in (0, 1)]
-            factors.sort(key=self._is_layer)  # the activation first
+            factors.sort(key=lambda factor: _activation_of(self._step(factor), factor.kwargs) is None)  # that first
         activation = _activation_of(self._step(factors[0]), factors[0].kwargs)
         if activation is None or len(factors[0].all_input_nodes) != 1:
             return None
         return activation, self._input(factors[0]), *factors[1:]
+
+    def _whole(self, gate: fx.Node, up: fx.Node) -> tuple[fx.Node, fx.Node] | tuple[None, None]:
+        """The layer whose first and second half these two are, and the node that they and no others are taken from."""
+        divided = gate.args[0] if gate.target is up.target is operator.getitem else None
+        if not isinstance(divided, fx.Node) or set(divided.users) != {gate, up}:
+            return None, None
+        chunks = divided.target in ("chunk", torch.chunk)
+        layer = divided.all_input_nodes[0] if chunks else divided
+        if not self._is_layer(layer):
+            return None, None
+        features = range(self._step(layer).out_features)
+        half = len(features) // 2
+        if chunks:
+            fine = (divided.args[1:], divided.kwargs) in (((2, -1), {}), ((2,), {"dim": -1}))
+            fine = fine and (gate.args[1], up.args[1]) == (0, 1)
+        else:
+            fine = [_taken(features, node.args[1]) for node in (gate, up)] == [features[:half], features[half:]]
+        return (layer, divided) if fine else (None, None)
 
     def _step(self, node: fx.Node) -> Any:
         """The module or function that is called there."""
@@ -116,6 +140,12 @@ class _Reader:
                 dropouts.append(call.arguments["p"])
             node = node.all_input_nodes[0]
         return node, dropouts
+
+
+def _taken(features: range, index: Any) -> range | None:
+    """Those that an index of a tensor takes along its last axis; None where it says more."""
+    last = index[-1] if isinstance(index, tuple) and index[:-1] == (Ellipsis,) else None
+    return features[last] if isinstance(last, slice) else None
 
 
 def _activation_of(step: Any, options: Mapping[str, Any]) -> str | None:

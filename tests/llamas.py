@@ -1,8 +1,9 @@
-"""Small LLaMAs."""
+"""Small LLaMAs, and what holds for them."""
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stl import STLLinear
 
@@ -45,5 +46,24 @@ def stl_layers(model) -> list[STLLinear]:
     return [layer for layer in model.modules() if isinstance(layer, STLLinear)]
 
 
-def ids(*shape: int, seed: int = 0) -> torch.Tensor:
+def ids(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 40, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, x: Tensor, **options) -> Tensor:
+    return model(x, use_cache=False, **options).logits
+
+
+def assert_close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+def assert_causal(model, x: Tensor, **options) -> None:
+    """Changing token i changes no logit before i, to the bit, and that of i."""
+    before = logits(model, x, **options)
+    for i in range(x.shape[1]):
+        changed = x.clone()
+        changed[:, i] = (changed[:, i] - 2) % 37 + 3
+        after = logits(model, changed, **options)
+        assert torch.equal(after[:, :i], before[:, :i])
+        assert not torch.equal(after[:, i], before[:, i])

@@ -48,7 +48,7 @@ def build_llama(
             there is one. 0 does not.
         calibrate_basis: fit encoders and decoders as well.
         restored: all its weights come from elsewhere afterwards; nothing is read or fitted.
-        **sizes: of `transformers.LlamaConfig`; a `vocab_size` of None is that of the data.
+        **sizes: of `STLLlamaConfig`; a `vocab_size` of None is that of the data.
 
     Raises:
         SettingError: transformers is not installed; the data have more tokens than the model, or longer sequences;

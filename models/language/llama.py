@@ -12,13 +12,16 @@ from transformers.utils import can_return_tuple
 from models.language.attention import leave_out_masks
 from models.language.cache import streaming
 from models.language.groups import REPLACED, check_groups, patterns
+from models.language.merged import merge_projections
 from stl import ConversionReport, SettingError, STLLinear, convert
 
 
 class STLLlamaConfig(LlamaConfig):
-    """LLaMA's configuration and `stl`: the arguments of `STLLlamaForCausalLM.convert`, or None where all is dense."""
+    """LLaMA's configuration, `merged`: whether layers that read the same x are one (`models.language.merged`), and
+    `stl`: the arguments of `STLLlamaForCausalLM.convert`, or None where all is dense."""
 
     model_type = "stl_llama"
+    merged: bool = False
     stl: dict | None = None
 
 
@@ -43,8 +46,21 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
     def __init__(self, config: STLLlamaConfig) -> None:
         super().__init__(config)
         leave_out_masks(self.model)
+        if config.merged:
+            merge_projections(self)
         if config.stl is not None:
             self._swap(**config.stl)
+
+    def merge(self) -> None:
+        """Make one layer of those that read the same x, in place, where that is not done yet.
+
+        Raises SettingError for a converted model, whose layers have encoders of their own.
+        """
+        if self.config.stl is not None:
+            raise SettingError(f"the model is converted already, stl={self.config.stl}; merge the dense one first")
+        if not self.config.merged:
+            merge_projections(self)
+            self.config.merged = True
 
     def convert(
         self, *, from_dense: bool = True, calibration: Any = None, calibrate_basis: bool = False, **stl: Any

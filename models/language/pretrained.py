@@ -1,6 +1,7 @@
 """Dense LLaMA weights from wherever they are."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, LlamaConfig
@@ -21,22 +22,27 @@ def read_weights(
     """The dense model, float32, of a checkpoint of train.py (.ckpt), a file of llama2.c (.bin), a folder, or the hub.
 
     Args:
-        config: of what sizes it must be; None takes any.
+        config: of what sizes it must be, and whether `merged`; None takes any.
         vocabulary: that of the data, which a checkpoint must share if it says its own.
 
     Raises SettingError where there is none, or it is of other sizes or tokens, or not dense.
     """
     if source.endswith(".ckpt"):
-        return _of_task(source, config, vocabulary)
-    model = read_model(source) if source.endswith(".bin") else _from_hub(source)
-    _check_sizes(source, model.config, config)
+        model = _of_task(source, config, vocabulary)
+    else:
+        model = read_model(source) if source.endswith(".bin") else _from_hub(source)
+        _check_sizes(source, model.config, config)
+    if config is not None and config.merged:
+        model.merge()
     return model
 
 
-def _check_sizes(source: str, own: LlamaConfig, config: LlamaConfig | None) -> None:
+def _check_sizes(source: str, own: Any, config: STLLlamaConfig | None) -> None:
     for key in SIZES if config is not None else ():
         if (theirs := getattr(own, key)) != (ours := getattr(config, key)):
             raise SettingError(f"model.weights={source!r} has {key}={theirs}, model.{key} is {ours}; make them agree")
+    if config is not None and own.merged and not config.merged:
+        raise SettingError(f"model.weights={source!r} has merged projections; set model.merged=true as well")
 
 
 def _from_hub(source: str) -> STLLlamaForCausalLM:
@@ -80,7 +86,7 @@ def _of_task(source: str, config: STLLlamaConfig | None, vocabulary: str | None)
     sizes = {key: value for key, value in settings if key in STLLlamaConfig.__dataclass_fields__}
     own = STLLlamaConfig(**{**sizes, "vocab_size": len(embedding)})
     _check_sizes(str(file), own, config)
-    model = STLLlamaForCausalLM(config or own)
+    model = STLLlamaForCausalLM(STLLlamaConfig.from_dict((config or own).to_dict() | {"merged": own.merged}))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

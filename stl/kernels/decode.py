@@ -42,7 +42,7 @@ def _decode(
         shift = by_column(bias, j, k, T, TT)
     for step in range(ROWS):
         p = chunk * ROWS + step
-        places, exist = channel_places(p, j, P, K, R, RP, FULL)
+        places, exist = channel_places(p, j, P, K, K, R, RP, FULL)
         coded = tl.load(channels + places, mask=exist, other=0.0)
         tiles = multiply(tl.trans(basis), coded, None, PRECISION)
         if BIAS:

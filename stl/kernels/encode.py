@@ -42,7 +42,7 @@ def _encode(
         places, exists = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL)
         entries = tl.load(x + places, mask=exists, other=0.0)
         tiles = entries.to(matrix.dtype.element_ty)
-        places, exists = channel_places(p, j, P, K, R, RP, FULL)
+        places, exists = channel_places(p, j, P, K, K, R, RP, FULL)
         encoded = multiply(basis, tiles, None, PRECISION)
         tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exists)
         if PRODUCT:

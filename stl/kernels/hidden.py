@@ -32,7 +32,10 @@ from stl.kernels.tiles import (
 
 
 class Coded(NamedTuple):
-    """What a layer gives before its decode: channels (r, P, M), with its decoder (r, t²) and bias (m,)."""
+    """What a layer gives before its decode: channels (r, P, M), with its decoder (r, t²) and bias (m,).
+
+    Where one layer gives two such, side by side, the channels of each are columns of wider ones.
+    """
 
     channels: Tensor
     decoder: Tensor
@@ -50,18 +53,18 @@ def _shift(bias, j, m, T: tl.constexpr, TT: tl.constexpr, BIAS: tl.constexpr):
 
 @triton.jit
 def _decoded(
-    channels, decoder, shift, p, j, P, M, R: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
+    channels, decoder, shift, p, j, P, M, width, R: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
     """(offsets of channels, which of them exist, coded channels, decoded tiles with bias)."""
-    places, exist = channel_places(p, j, P, M, R, RP, FULL)
+    places, exist = channel_places(p, j, P, M, width, R, RP, FULL)
     coded = tl.load(channels + places, mask=exist, other=0.0)
     return places, exist, coded, multiply(tl.trans(decoder), coded, None, PRECISION) + shift
 
 
 @triton.jit
 def _hidden(
-    channels, decoder, bias, up, up_decoder, up_bias, encoder, output, n, m, N, P, M,
+    channels, decoder, bias, up, up_decoder, up_bias, encoder, output, n, m, N, P, M, width,
     T: tl.constexpr, R: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
     TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
@@ -78,21 +81,21 @@ def _hidden(
         up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS)
     for step in range(ROWS):
         p = chunk * ROWS + step
-        _, _, _, tiles = _decoded(channels, decode, shift, p, j, P, M, R, RP, PRECISION, FULL)
+        _, _, _, tiles = _decoded(channels, decode, shift, p, j, P, M, width, R, RP, PRECISION, FULL)
         values = activate(tiles, ACTIVATION, LOW)
         if GATED:
-            _, _, _, factor = _decoded(up, up_decode, up_shift, p, j, P, M, RU, RPU, PRECISION, FULL)
+            _, _, _, factor = _decoded(up, up_decode, up_shift, p, j, P, M, width, RU, RPU, PRECISION, FULL)
             values *= factor
         values = tl.where(tiles_exist(p, j, N, P, n, m, T, TT, FULL), values, 0.0)
         encoded = multiply(encode, values.to(output.dtype.element_ty), None, PRECISION)
-        places, exist = channel_places(p, j, P, M, R2, RP2, FULL)
+        places, exist = channel_places(p, j, P, M, M, R2, RP2, FULL)
         tl.store(output + places, encoded.to(output.dtype.element_ty), mask=exist)
 
 
 @triton.jit
 def _hidden_backward(
     channels, decoder, bias, up, up_decoder, up_bias, encoder, gradient,
-    dchannels, ddecoder, dbias, dup, dup_decoder, dup_bias, dencoder, n, m, N, P, M,
+    dchannels, ddecoder, dbias, dup, dup_decoder, dup_bias, dencoder, n, m, N, P, M, width,
     T: tl.constexpr, R: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
     TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
@@ -115,15 +118,15 @@ def _hidden_backward(
         up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS)
     for step in range(ROWS):
         p = chunk * ROWS + step
-        places, exist, coded, tiles = _decoded(channels, decode, shift, p, j, P, M, R, RP, PRECISION, FULL)
+        places, exist, coded, tiles = _decoded(channels, decode, shift, p, j, P, M, width, R, RP, PRECISION, FULL)
         tiles_are = tiles_exist(p, j, N, P, n, m, T, TT, FULL)
         values = activate(tiles, ACTIVATION, LOW)
-        places2, exist2 = channel_places(p, j, P, M, R2, RP2, FULL)
+        places2, exist2 = channel_places(p, j, P, M, M, R2, RP2, FULL)
         dcoded = tl.load(gradient + places2, mask=exist2, other=0.0)
         dtiles = tl.where(tiles_are, multiply(tl.trans(encode), dcoded, None, PRECISION), 0.0)
         if GATED:
             up_places, up_exist, up_coded, factor = _decoded(
-                up, up_decode, up_shift, p, j, P, M, RU, RPU, PRECISION, FULL
+                up, up_decode, up_shift, p, j, P, M, width, RU, RPU, PRECISION, FULL
             )  # fmt: skip
             dfactor = dtiles * values
             up_total += dfactor
@@ -153,8 +156,11 @@ def _hidden_backward(
             store_column_sums(up_total, dup_bias, chunk, j, m, T, TT)
 
 
-def hidden(first: Coded, up: Coded | None, encoder: Tensor, activation: str, tiling: Tiling) -> Tensor:
-    """The channels (r', P, M) of activation(first), or of activation(first)·up, for an encoder (r', t²)."""
+def hidden(first: Coded, up: Coded | None, encoder: Tensor, activation: str, tiling: Tiling, width: int) -> Tensor:
+    """The channels (r', P, M) of activation(first), or of activation(first)·up, for an encoder (r', t²).
+
+    `width` is how far apart the rows of channels of `first` and `up` are in memory.
+    """
     output = first.channels.new_empty(len(encoder), *first.channels.shape[1:])
     dtype = output.dtype
     block = 64 if _highest_rank(first, up, encoder) > 32 else 128
@@ -162,26 +168,34 @@ def hidden(first: Coded, up: Coded | None, encoder: Tensor, activation: str, til
     if output.numel():
         with torch.cuda.device_of(output):
             _hidden[(grid.programs,)](
-                *first, *(up or (None,) * 3), encoder, output, *tiling.sizes(),
+                *first, *(up or (None,) * 3), encoder, output, *tiling.sizes(), width,
                 **_constants(first, up, encoder, activation, tiling, grid),
             )  # fmt: skip
     return output
 
 
 def hidden_gradient(
-    first: Coded, up: Coded | None, encoder: Tensor, gradient: Tensor, activation: str, tiling: Tiling
+    first: Coded,
+    up: Coded | None,
+    encoder: Tensor,
+    gradient: Tensor,
+    dchannels: tuple[Tensor, Tensor | None],
+    activation: str,
+    tiling: Tiling,
+    width: int,
 ) -> tuple[Coded, Coded | None, Tensor]:
     """The gradient (r', P, M) of what `hidden` gave → in one pass over memory those of `first`, `up` and `encoder`.
 
-    What `hidden` gave is written over `gradient`.
+    Those of the channels are written to `dchannels`, laid out as the channels are, and what `hidden` gave is written
+    over `gradient`.
     """
     block = 64 if up is None else 32  # for the registers of twice as much
     grid = divide_for_sums(tiling, gradient.dtype, _highest_rank(first, up, encoder), block)
 
-    def shares(of: Coded) -> Coded:
+    def shares(of: Coded, channels: Tensor) -> Coded:
         """Memory for the gradient of the channels, and for a share of each program in the others."""
         return Coded(
-            torch.empty_like(of.channels),
+            channels,
             gradient.new_empty(grid.programs, *of.decoder.shape, dtype=torch.float32),
             None if of.bias is None else gradient.new_empty(grid.chunks, tiling.k, dtype=torch.float32),
         )
@@ -192,13 +206,14 @@ def hidden_gradient(
     def added(of: Coded) -> Coded:
         return Coded(of.channels, total(of.decoder), None if of.bias is None else total(of.bias))
 
-    dfirst, dup = shares(first), None if up is None else shares(up)
+    dfirst = shares(first, dchannels[0])
+    dup = None if up is None or dchannels[1] is None else shares(up, dchannels[1])
     dencoder = gradient.new_empty(grid.programs, *encoder.shape, dtype=torch.float32)
     if gradient.numel():
         with torch.cuda.device_of(gradient):
             _hidden_backward[(grid.programs,)](
                 *first, *(up or (None,) * 3), encoder, gradient, *dfirst, *(dup or (None,) * 3), dencoder,
-                *tiling.sizes(), **_constants(first, up, encoder, activation, tiling, grid),
+                *tiling.sizes(), width, **_constants(first, up, encoder, activation, tiling, grid),
             )  # fmt: skip
     return added(dfirst), None if dup is None else added(dup), total(dencoder)
 

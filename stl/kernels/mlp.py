@@ -43,7 +43,8 @@ def mlp(
 ) -> Tensor:
     """second(activation(first(x))), or second(activation(first(x))·up(x)), by kernels.
 
-    With a norm, of norm(x); with a residual, that is added.
+    Where `first` gives 2·`hidden_features`, up is the second half of them. With a norm, of norm(x); with a residual,
+    that is added.
     """
     samples, rows_first = as_samples(x, row_axis)
 
@@ -79,10 +80,13 @@ def _hidden_gemm(
     m: int,
 ) -> Tensor:
     """channels (r, P, M) of (samples, n, m), with their decoder (r, t²) and bias (m,), and of a gated MLP the same of
-    its other layer; encoder (r', t²) and weight (r', M, J) of the last layer → channels (r', P, J)."""
-    before = _before(channels, decoder, bias, up, up_decoder, up_bias)
-    tiling = Tiling(samples, n, m, tile_of(decoder), channels.shape[2])
-    return torch.bmm(hidden(*before, encoder.contiguous(), activation, tiling), weight)
+    its other layer, or without it (r, P, 2M) and (2m,) of both; encoder (r', t²) and weight (r', M, J) of the last
+    layer → channels (r', P, J)."""
+    columns = weight.shape[1]
+    before = _before(channels, decoder, bias, up, up_decoder, up_bias, columns, m)
+    tiling = Tiling(samples, n, m, tile_of(decoder), columns)
+    coded = hidden(*before, encoder.contiguous(), activation, tiling, channels.shape[2])
+    return torch.bmm(coded, weight)
 
 
 @_hidden_gemm.register_fake
@@ -107,10 +111,17 @@ def _hidden_gemm_backward(
     m: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first eight arguments of `stl::hidden_gemm`; empty where there is none."""
-    inner = torch.bmm(gradient, weight.mT)
-    before = _before(channels, decoder, bias, up, up_decoder, up_bias)
-    tiling = Tiling(samples, n, m, tile_of(decoder), channels.shape[2])
-    dfirst, dup, dencoder = hidden_gradient(*before, encoder.contiguous(), inner, activation, tiling)
+    inner, columns = torch.bmm(gradient, weight.mT), weight.shape[1]
+    before = _before(channels, decoder, bias, up, up_decoder, up_bias, columns, m)
+    tiling = Tiling(samples, n, m, tile_of(decoder), columns)
+    dchannels = torch.empty_like(channels)
+    parts = _parts(dchannels, None if up is None else torch.empty_like(up), columns)
+    dfirst, dup, dencoder = hidden_gradient(
+        *before, encoder.contiguous(), inner, parts, activation, tiling, channels.shape[2]
+    )
+    if dup is not None and up is None:
+        dbias = None if dfirst.bias is None or dup.bias is None else torch.cat([dfirst.bias, dup.bias])
+        dfirst, dup = Coded(dchannels, dfirst.decoder + dup.decoder, dbias), None
     gradients = (*dfirst, *(dup or (None,) * 3), dencoder)
     given = (channels.new_empty(0) if one is None else one for one in gradients)
     return *given, weight_gradient(inner, gradient)  # type: ignore[return-value]
@@ -129,11 +140,25 @@ def _before(
     up: Tensor | None,
     up_decoder: Tensor | None,
     up_bias: Tensor | None,
+    columns: int,
+    m: int,
 ) -> tuple[Coded, Coded | None]:
-    gate = Coded(channels, decoder.contiguous(), contiguous(bias))
-    if up is None or up_decoder is None:
-        return gate, None
-    return gate, Coded(up, up_decoder.contiguous(), contiguous(up_bias))
+    """What meets the activation, and in a gated MLP what is multiplied with that."""
+    decoder, bias = decoder.contiguous(), contiguous(bias)
+    gate, up = _parts(channels, up, columns)
+    if up is None:
+        return Coded(gate, decoder, bias), None
+    if up_decoder is not None:
+        return Coded(gate, decoder, bias), Coded(up, up_decoder.contiguous(), contiguous(up_bias))
+    first, second = (None, None) if bias is None else bias.split(m)
+    return Coded(gate, decoder, first), Coded(up, decoder, second)
+
+
+def _parts(channels: Tensor, up: Tensor | None, columns: int) -> tuple[Tensor, Tensor | None]:
+    """The channels of both layers, or of both halves of one; None where the MLP is not gated."""
+    if channels.shape[2] == columns:
+        return channels, up
+    return channels[..., :columns], channels[..., columns:]
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -102,7 +102,7 @@ def _norm_encode(
     if SHIFT:
         tiles = tl.where(exist, tiles + by_column(shift, j, k, T, TT), 0.0)
     encoded = multiply(load_basis(matrix, R, T, RP, TT), tiles.to(matrix.dtype.element_ty), None, PRECISION)
-    places, exist = channel_places(p, j, P, K, R, RP, FULL)
+    places, exist = channel_places(p, j, P, K, K, R, RP, FULL)
     tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exist)
 
 
@@ -130,7 +130,7 @@ def _norm_encode_backward(
         if SHIFT:
             tiles = tl.where(exist, tiles + by_column(shift, j, k, T, TT), 0.0)
         tiles = tiles.to(matrix.dtype.element_ty)
-        places, exist_coded = channel_places(p, j, P, K, R, RP, FULL)
+        places, exist_coded = channel_places(p, j, P, K, K, R, RP, FULL)
         coded = tl.load(gradient + places, mask=exist_coded, other=0.0)
         again = multiply(basis, tiles, None, PRECISION)
         tl.store(gradient + places, again.to(gradient.dtype.element_ty), mask=exist_coded)  # `coded` has been read

@@ -1,9 +1,9 @@
 """How a program addresses tiles in a matrix and channels in an encoded one.
 
 Names, here and in the kernels: X (B, n, k) holds tiles of T × T entries, N·K of them in each of its B samples, so that
-P = B·N is the number of rows of tiles. Channels are (R, P, K), contiguous. A program holds BLOCK tiles of one row of
-tiles p: their entries as (TT, BLOCK), row-major inside a tile, their channels as (RP, BLOCK). TT and RP are T² and R
-rounded up to what `tl.dot` takes; the rest is zeros.
+P = B·N is the number of rows of tiles. Channels are (R, P, K), contiguous, or columns of such. A program holds BLOCK
+tiles of one row of tiles p: their entries as (TT, BLOCK), row-major inside a tile, their channels as (RP, BLOCK). TT
+and RP are T² and R rounded up to what `tl.dot` takes; the rest is zeros.
 """
 
 from math import ceil, log2
@@ -153,8 +153,9 @@ def tiles_exist(p, j, N, P, n, k, T: tl.constexpr, TT: tl.constexpr, FULL: tl.co
 
 
 @triton.jit
-def channel_places(p, j, P, K, R: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr):
-    """Offsets (RP, BLOCK) of the channels of the tiles j in the row of tiles p, and which of them exist."""
+def channel_places(p, j, P, K, width, R: tl.constexpr, RP: tl.constexpr, FULL: tl.constexpr):
+    """Offsets (RP, BLOCK) of the channels of the tiles j in the row of tiles p, which are `width` from row to row in
+    memory, and which of them exist."""
     q = tl.arange(0, RP)[:, None]
     exist = tl.full((RP, j.shape[0]), True, tl.int1)
     if R < RP:
@@ -163,7 +164,7 @@ def channel_places(p, j, P, K, R: tl.constexpr, RP: tl.constexpr, FULL: tl.const
         exist = exist & (p < P)
     if not FULL[2]:
         exist = exist & (j[None, :] < K)
-    return (q.to(tl.int64) * P + p) * K + j[None, :], exist
+    return (q.to(tl.int64) * P + p) * width + j[None, :], exist
 
 
 @triton.jit

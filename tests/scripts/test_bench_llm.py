@@ -23,6 +23,8 @@ def test_every_way_is_measured_in_both_phases(tmp_path, monkeypatch):
     bench_llm.main()
     rows = json.loads(out.read_text())["rows"]
     names = ["dense", "stl r=16 over tokens, torch", "stl r=16 over batch, torch"]
+    names += [f"{name}, merged" for name in names]
     assert [(row["phase"], row["method"]) for row in rows] == [(p, n) for p in ("prefill", "decode") for n in names]
     assert all(row["error"] < 1e-5 and row["tokens_per_second"] > 0 and row["ratio"] > 0 for row in rows)
-    assert [row["tokens"] for row in rows] == [18] * 3 + [10] * 3
+    assert [row["tokens"] for row in rows] == [18] * 6 + [10] * 6
+    assert [row["merged"] for row in rows] == 2 * (3 * [False] + 3 * [True])

@@ -281,6 +281,7 @@ def test_tokens_a_second_are_those_of_the_fastest_way(call, tmp_path):
         {**stl, "phase": "decode", "tokens_per_second": 10.0},
         {**stl, "phase": "decode", "tokens_per_second": None},  # wrong, not timed
         {**stl, "phase": "prefill", "way": "batch", "tokens_per_second": 9000.0},
+        {**stl, "phase": "prefill", "merged": True, "tokens_per_second": 8000.0},
         {"model": "small", "linear": "dense", "phase": "prefill", "tokens_per_second": 1000.0},
     ]
     (tmp_path / "results/mine/speed.json").write_text(json.dumps({"machine": {"gpu": "NVIDIA H200"}, "rows": rows}))

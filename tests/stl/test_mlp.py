@@ -40,6 +40,25 @@ class Gated(nn.Module):
         return self.down_proj(gate * up if self.gate_first else torch.mul(up, gate))
 
 
+class Halves(nn.Module):
+    """As Phi-3's, or by these slices."""
+
+    def __init__(self, first: slice | None = None, second: slice | None = None) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = stl(6, 16, False), stl(8, 6, False)
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.gate_up_proj(x)
+        gate, up = both.chunk(2, dim=-1) if self.first is None else (both[..., self.first], both[..., self.second])
+        return self.down_proj(up * F.silu(gate))
+
+
+class HalvesAgain(Halves):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.gate_up_proj(x)[..., :6]
+
+
 class GatedByItself(Gated):
     def forward(self, x: Tensor) -> Tensor:
         gate = self.activation(self.gate_proj(x))
@@ -128,6 +147,8 @@ CHAINS = {
     "function, relu": Functional(torch.relu),
     "gated": Gated(),
     "gated, the other way round": Gated(nn.GELU(), gate_first=False, bias=True),
+    "gated by halves": Halves(),
+    "gated by slices": Halves(slice(8), slice(8, None)),
 }
 
 
@@ -161,14 +182,21 @@ OTHERS = {
     "another row axis": nn.Sequential(stl(6, 8), nn.GELU(), stl(8, 6, row_axis="batch")),
     "three layers": nn.Sequential(stl(6, 8), nn.GELU(), stl(8, 6), nn.GELU(), stl(6, 6)),
     "one layer": nn.Sequential(stl(6, 8), nn.GELU(), nn.Linear(8, 6)),
-    "gated halves of one layer": timm_mlp(GluMlp),
+    "gated halves of another activation": timm_mlp(GluMlp, gate_last=False),
+    "the other half activated": timm_mlp(GluMlp, act_layer=nn.SiLU),
+    "no halves": Halves(slice(8), slice(7, 15)),
+    "halves in the other order": Halves(slice(8, 16), slice(0, 8)),
+    "halves used again": HalvesAgain(),
     "gated by itself": GatedByItself(),
     "gated by another input": GatedByInput(),
     "gated twice": GatedTwice(),
 }
 
 
-@pytest.mark.parametrize("module", [*CHAINS.values(), timm_mlp(Mlp), timm_mlp(Mlp, act_layer=nn.SiLU)])
+TIMMS = [timm_mlp(Mlp), timm_mlp(Mlp, act_layer=nn.SiLU), timm_mlp(GluMlp, act_layer=nn.SiLU, gate_last=False)]
+
+
+@pytest.mark.parametrize("module", [*CHAINS.values(), *TIMMS])
 def test_an_mlp_is_found_and_stays_what_it_was(module):
     model = nn.Sequential(nn.LayerNorm(6), module).eval()
     x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
@@ -253,3 +281,9 @@ def test_an_up_that_does_not_fit_gets_one_line():
         STLMLP(stl(6, 8), "silu", stl(8, 6), up=nn.Linear(6, 8))
     with pytest.raises(SettingError, match="must be 3, one for each layer"):
         STLMLP(stl(6, 8), "silu", stl(8, 6), ("a", "b"), up=stl(6, 8))
+
+
+@pytest.mark.parametrize("second", [stl(7, 6), stl(8, 6)])
+def test_halves_that_do_not_fit_get_one_line(second):
+    with pytest.raises(SettingError, match=r"cannot follow the halves of STLLinear.*sizes, tiles and row axes"):
+        STLMLP(stl(6, 14), "silu", second, halves=True)

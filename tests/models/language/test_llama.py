@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from llamas import WAYS, ids, llama, stl_layers
-from torch import Tensor
+from llamas import WAYS, assert_causal, assert_close, ids, llama, logits, stl_layers
 from torch.utils.flop_counter import FlopCounterMode
 
 from stl import STLMLP, SettingError, convert, count_flops, fuse_blocks, fuse_mlps
@@ -19,25 +18,6 @@ LENGTHS = range(1, 14)  # to 3t + 1
 def without_gradients():
     with torch.no_grad():
         yield
-
-
-def logits(model, x: Tensor, **options) -> Tensor:
-    return model(x, use_cache=False, **options).logits
-
-
-def assert_close(got: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
-
-
-def assert_causal(model, x: Tensor, **options) -> None:
-    """Changing token i changes no logit before i, to the bit, and that of i."""
-    before = logits(model, x, **options)
-    for i in range(x.shape[1]):
-        changed = x.clone()
-        changed[:, i] = (changed[:, i] - 2) % 37 + 3
-        after = logits(model, changed, **options)
-        assert torch.equal(after[:, :i], before[:, :i])
-        assert not torch.equal(after[:, i], before[:, i])
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,5 +1,6 @@
 """Dense weights that fit, and those that only their settings show to be another model's."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,30 @@ def test_folders_of_other_models_are_refused_once(tmp_path, model):
     with pytest.raises(SettingError) as caught:
         read_weights(str(tmp_path))
     assert str(caught.value) == f"{source} is a GPT2Config; a dense LLaMA is needed"
+
+
+def test_weights_are_merged_where_that_is_asked_for(tmp_path, model):
+    sources = [checkpoint(tmp_path, model), str(tmp_path / "folder")]
+    model.save_pretrained(sources[1])
+    merged = copy.deepcopy(model)
+    merged.merge()
+    for source in sources:
+        assert same(read_weights(source, config(merged=True)), merged)
+        assert same(read_weights(source, config()), model)
+
+
+def test_merged_weights_are_not_taken_apart(tmp_path, model):
+    model.merge()
+    source = str(tmp_path / "folder")
+    model.save_pretrained(source)
+    own = {"_target_": "models.language.build.build_llama", "vocab_size": None, "merged": True, **OWN}
+    settings = {
+        "model": own,
+        "linear": {"_target_": "torch.nn.Linear"},
+        "data": {"_target_": "data.text_files.TextFiles"},
+    }
+    for place in (source, checkpoint(tmp_path, model, config=settings)):
+        assert same(read_weights(place, config(merged=True)), model)
+        assert same(read_weights(place), model)
+        with pytest.raises(SettingError, match=r"has merged projections; set model.merged=true as well"):
+            read_weights(place, config())

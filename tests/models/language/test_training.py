@@ -117,12 +117,12 @@ def test_the_run_folder_holds_what_scripts_rely_on(dense):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("kind", ["stl", "sparse24"])
-def test_a_run_that_was_stopped_ends_as_it_would_have_without_the_dense_weights(kind, words, dense, tmp_path):
+@pytest.mark.parametrize(("kind", "merged"), [("stl", True), ("sparse24", False)])
+def test_a_run_that_was_stopped_ends_as_it_would_have_without_the_dense_weights(kind, merged, words, dense, tmp_path):
     weights = shutil.copy(dense / "checkpoints" / "last.ckpt", tmp_path / "dense.ckpt")
     own = ["trainer.max_epochs=2", "trainer.limit_train_batches=4", "callbacks.checkpoint.every_steps=3"]
     own += [f"model.weights={weights}", "model.calibration=8", "model.linear_groups=[mlp]"]
-    own += ["callbacks.checkpoint.keep=9", f"experiment=llm/small_{kind}"]
+    own += ["callbacks.checkpoint.keep=9", f"experiment=llm/small_{kind}", f"model.merged={merged}"]
     whole = run(tmp_path / "whole", *words, *own)
     names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").glob("0*.ckpt"))
     middle = tmp_path / "stopped" / "checkpoints" / names[len(names) // 2]

@@ -24,16 +24,18 @@ def mlp(
     row_axis: str = "tokens",
     dropout: float = 0.0,
     up: tuple | None = None,
+    halves: bool = False,
 ) -> STLMLP:
-    """In float64, with numbers that are nothing special; gated with `up`, the basis of the third layer."""
+    """In float64, with numbers that are nothing special; gated with `up`, the basis of the third layer, or by
+    `halves` of the first."""
     torch.manual_seed(0)
 
     def layer(k: int, m: int, tile: int, rank: int, basis: str) -> STLLinear:
         return STLLinear(k, m, bias, tile=tile, rank=rank, basis=basis, row_axis=row_axis)
 
-    first, second = layer(*sizes[:2], *pair[0]), layer(*sizes[1:], *pair[1])
+    first, second = layer(sizes[0], (1 + halves) * sizes[1], *pair[0]), layer(*sizes[1:], *pair[1])
     gate = layer(*sizes[:2], *up) if up else None
-    module = STLMLP(first, activation, second, dropout=dropout, up=gate).double().to(DEVICE)
+    module = STLMLP(first, activation, second, dropout=dropout, up=gate, halves=halves).double().to(DEVICE)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -53,6 +55,13 @@ def test_output_and_all_gradients_of_a_gated_mlp(pair, row_axis):
     assert_agree(module, gaussian(3, 7, 9, seed=0))
 
 
+@pytest.mark.parametrize("row_axis", ["tokens", "batch"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_output_and_all_gradients_of_one_gated_by_halves(pair, row_axis):
+    module = mlp((9, 40, 10), pair, "silu", bias=row_axis == "batch", row_axis=row_axis, halves=True)
+    assert_agree(module, gaussian(3, 7, 9, seed=0))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, bias):
@@ -68,6 +77,7 @@ def test_sums_over_many_rows_of_tiles(monkeypatch):
     for programs in ("tiles.PROGRAMS", "hidden.MANY_PROGRAMS"):
         monkeypatch.setattr(f"stl.kernels.{programs}", 3)
     assert_agree(mlp((5, 70, 9), up=(4, 16, "hadamard")), gaussian(5, 13, 5, seed=0))
+    assert_agree(mlp((5, 76, 9), halves=True), gaussian(5, 13, 5, seed=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -93,19 +103,25 @@ def test_the_operator_keeps_the_rules_of_pytorch():
     for bias, up in ((first.bias, (None, None, None)), (None, gated)):
         arguments = (channels, first.decoder, bias, *up, second.encoder, second.weight, "gelu", 2, 7, 13)
         torch.library.opcheck(torch.ops.stl.hidden_gemm, arguments)
+    bias, last = gaussian(16, seed=2).float(), (second.encoder, second.weight[:, :2])
+    both = (channels, first.decoder, bias, None, None, None, *last, "gelu", 2, 7, 8)
+    torch.library.opcheck(torch.ops.stl.hidden_gemm, both)
 
 
-@pytest.mark.parametrize("up", [None, (4, 16, "hadamard")])
-def test_biases_of_any_stride(up):
-    module, x = with_strides(mlp((9, 13, 10), up=up).float()), gaussian(2, 5, 9, seed=0).float()
+GATES = [{}, {"up": (4, 16, "hadamard")}, {"halves": True}]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_biases_of_any_stride(gate):
+    module, x = with_strides(mlp((9, 16, 10), **gate).float()), gaussian(2, 5, 9, seed=0).float()
     wanted = module(x)
     module.backend = "triton"
     torch.testing.assert_close(module(x), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("up", [None, (4, 16, "hadamard")])
-def test_compiles_without_graph_breaks(up):
-    module, x = mlp((9, 13, 10), up=up).float(), gaussian(2, 5, 9, seed=0).float()
+@pytest.mark.parametrize("gate", GATES)
+def test_compiles_without_graph_breaks(gate):
+    module, x = mlp((9, 16, 10), **gate).float(), gaussian(2, 5, 9, seed=0).float()
     module.backend = "triton"
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x))
@@ -121,9 +137,9 @@ def test_autocast_and_dropout():
     assert (module.eval()(x) != 0).all()
 
 
-@pytest.mark.parametrize("up", [None, (4, 16, "hadamard")])
-def test_the_counted_flops_are_those_of_the_layers_and_of_computing_again(up):
-    module, x = mlp((9, 13, 10), up=up).float(), gaussian(2, 5, 9, seed=0).float().requires_grad_()
+@pytest.mark.parametrize("gate", GATES)
+def test_the_counted_flops_are_those_of_the_layers_and_of_computing_again(gate):
+    module, x = mlp((9, 16, 10), **gate).float(), gaussian(2, 5, 9, seed=0).float().requires_grad_()
 
     def flops(backend: str) -> tuple[int, int]:
         module.backend = backend
@@ -135,9 +151,8 @@ def test_the_counted_flops_are_those_of_the_layers_and_of_computing_again(up):
 
     (forward, backward), (wanted, wanted_backward) = flops("triton"), flops("torch")
     tiles = 2 * 2  # rows of tiles
-    before = 2 if up else 1  # layers
     # encode of x; decode and encode between the layers
-    again = before * tiles * 3 * 16 * 16 + tiles * 4 * 16 * (before * 16 + 24)
+    again = (2 if "up" in gate else 1) * tiles * 3 * 16 * 16 + tiles * 4 * 16 * ((2 if gate else 1) * 16 + 24)
     assert forward == wanted
     assert backward == wanted_backward + 2 * again
 
