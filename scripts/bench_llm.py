@@ -7,8 +7,9 @@ Prefill computes the logits of --batch sequences of --length tokens at once, wit
 also compiled. Decoding feeds as many sequences --steps tokens, one after the other, from an empty cache, by the CPU's
 launches as generation does. Weights are random: they change no time. All ways come with projections apart, as
 transformers has them, and merged: one layer where several read the same x. Each is held against itself in higher
-precision before it is timed; by the kernels STL comes with its MLPs fused as well, and is compiled only so; 2:4 is
-PyTorch's sparse kernels, on a GPU in 16 bits, each layer with the algorithm that cuSPARSELt's search finds.
+precision before it is timed. By the kernels STL comes as it is and fused: MLPs, and norms where projections are merged;
+it is compiled only so. 2:4 is PyTorch's sparse kernels, on a GPU in 16 bits, each layer with the algorithm that
+cuSPARSELt's search finds.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 from models.callbacks import write_json
 from models.semi_structured import DTYPES
 from models.sparse24 import Sparse24Linear
-from stl import SettingError, STLLinear, count_flops, fuse_mlps
+from stl import SettingError, STLLinear, count_flops
 
 PROJECTIONS = ("apart", "merged")  # of what reads the same x
 WAYS: dict[str, dict[str, Any]] = {  # of keeping a model causal: basis and row axis
@@ -77,6 +78,8 @@ def variants(
 ) -> Iterator[tuple[str, bool, Any, Any, dict]]:
     """Name, whether it is to be compiled (each of `ways`), the model that is timed, the one that it is held against,
     and what rows say of it. `run` is a pass, for which 2:4 searches its algorithms."""
+    from models.language.fused import fuse_llama  # needs transformers
+
     make = partial(build, config, device=arguments.device, dtype=dtype, merged=merged)
     dense = make(nn.Linear)
     for compiled in ways:
@@ -99,7 +102,7 @@ def variants(
                 for fused in (False, True)[: 1 if backend == "torch" else 2]:
                     timed = copy.deepcopy(reference)
                     if fused:
-                        fuse_mlps(timed)
+                        fuse_llama(timed)
                     set_backend(timed, backend)
                     timed.load_state_dict(reference.state_dict(), assign=True)  # one copy in memory is enough
                     name = f"stl r={rank} over {way}, {backend}{', fused' * fused}"

@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from stl.linear import STLLinear
 from stl.mlp import STLMLP
 from stl.mlps import fuse_mlps
-from stl.norm_linear import fits, goes_with, norm_linear
 from stl.normalisation import Norm
 from stl.tracing import trace
 
@@ -64,10 +63,10 @@ def fuse_blocks(model: nn.Module) -> list[str]:
     Where the last step of f is an STL layer or MLP, its decode adds x; steps that change nothing, as dropout of
     probability 0, or DropPath in evaluation, are none. Where a LayerNorm or RMSNorm feeds one STL layer or MLP only,
     which may stand inside an attention module, it is computed as that encodes, up to
-    `stl.kernels.MOST_NORMALISED_TILES` tiles wide, 1024 features at t = 4. Behind LayerScale, and behind dropout and
-    DropPath in training, the addition stays. A module that cannot be traced, or changes itself, stays as it is, and so
-    does one that takes any keywords, as transformers' do: such models call their blocks with more than x, for which
-    there is no graph, and their norms are their own classes.
+    `stl.kernels.MOST_NORMALISED_TILES` tiles wide, 2048 features at t = 4, half of that in training. Behind LayerScale,
+    and behind dropout and DropPath in training, the addition stays. A module that cannot be traced, or changes itself,
+    stays as it is, and so does one that takes any keywords, as transformers' do: such models call their blocks with
+    more than x, for which there is no graph, and their norms are their own classes.
 
     Returns the names of the MLPs and the blocks; state dicts stay as they were. With kernels a block's mode is that of
     all that stands in it, probabilities and other attributes are those of this moment, and hooks that modules in it get
@@ -226,10 +225,5 @@ def _compute(
     norm = None if gain is None else Norm(gain, shift, eps, centre)
     alike = isinstance(residual, Tensor) and residual.shape == (*x.shape[:-1], layer.out_features)
     added = residual if alike and residual.is_floating_point() else None
-    if isinstance(layer, STLMLP):
-        y = layer(x, added, norm)
-    elif norm is not None and fits(layer) and goes_with(norm, x) and layer.uses_kernels(x):
-        y = norm_linear(norm, layer, x, added)
-    else:
-        y = layer(x if norm is None else norm.apply(x), added)
+    y = layer(x, added, norm)
     return y if residual is added else y + residual

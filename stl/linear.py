@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from stl import kernels
 from stl.basis import Basis, get_basis
 from stl.errors import SettingError
-from stl.functional import ROW_AXES, check_residual, encode_weight, stl_linear
+from stl.functional import ROW_AXES, check_arguments, check_residual, encode_weight, stl_linear
+from stl.normalisation import Norm
 from stl.stream import Stream
 
 SPEC_BYTES = 96
@@ -22,7 +23,8 @@ class STLLinear(nn.Module):
     Attributes: `weight` (r, ⌈k/t⌉, ⌈m/t⌉), or with `train_weight="dense"` None and `dense_weight` (k, m); `encoder`
     (r, t²), `decoder` (r, t²), `bias` (m,) or None.
 
-    Input (..., n, k), and a residual of the output's shape that is added to it; output (..., n, m). The t rows of a
+    Input (..., n, k), a residual of the output's shape that is added to it, and a norm that is applied to the input,
+    with kernels neither a pass over memory of its own; output (..., n, m). The t rows of a
     tile mix where the basis is not exact, so it matters which rows share a tile:
 
     - `row_axis="tokens"`: neighbours along axis −2. A 2-D input is (batch, features), as everywhere in PyTorch: each
@@ -199,25 +201,34 @@ class STLLinear(nn.Module):
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer.train(linear.training)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
         rows, added = self.with_rows(x), self.with_rows_of(x, residual)
         stream = self.stream_of(x)
-        y = self._compute(rows, added) if stream is None else stream(rows, added, self._compute)
+        y = self._compute(rows, added, norm) if stream is None else stream(rows, added, norm, self._compute)
         return y.view(*x.shape[:-1], self.out_features)
 
     def stream_of(self, x: Tensor) -> Stream | None:
         """What remembers the rows of this x."""
         return None if self.row_axis == "batch" or self._has_lone_rows(x) else self.stream
 
-    def _compute(self, rows: Tensor, residual: Tensor | None) -> Tensor:
-        return stl_linear(
-            rows,
-            *self.tensors(),
-            row_axis=self.row_axis,
-            out_features=self.out_features,
-            backend=self.backend,
-            residual=residual,
-        )
+    def _compute(self, rows: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:
+        layer, axis, features = self.tensors(), self.row_axis, self.out_features
+        if norm is not None and self.normalises(norm, rows):
+            from stl.kernels.norm import norm_linear  # needs triton
+
+            check_arguments(rows, *layer, axis, features)
+            return norm_linear(rows, norm, layer, axis, features, residual)
+        if norm is not None:
+            rows = norm.apply(rows)
+        return stl_linear(rows, *layer, row_axis=axis, out_features=features, backend=self.backend, residual=residual)
+
+    def normalises(self, norm: Norm, x: Tensor) -> bool:
+        """Whether kernels apply the norm as they encode x.
+
+        Raises SettingError where it asks for kernels that there are not.
+        """
+        by_kernels = kernels.use_triton(self.backend, x, self.tile, self.rank)
+        return by_kernels and kernels.holds_rows(self.tile, self.in_features) and norm.goes_with(x)
 
     def with_rows(self, x: Tensor) -> Tensor:
         """x as `stl_linear` takes it: where its rows are samples of one token each, every row a matrix of its own.

@@ -12,7 +12,6 @@ from stl import kernels
 from stl.errors import SettingError
 from stl.functional import check_arguments, check_residual
 from stl.linear import STLLinear, check_is_stl
-from stl.norm_linear import fits, goes_with
 from stl.normalisation import Norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -78,11 +77,10 @@ class STLMLP(nn.Module):
         if len(together) < len(streams):
             return self._at_once(x, residual, norm)
         # The tiles of all layers are the same rows, which are remembered once, as the first layer takes them.
-        rows = self.layers[0].with_rows(x if norm is None else norm.apply(x))
         for layer in self.layers:
             layer.stream = None
         try:
-            y = together[0](rows, residual, self._at_once)
+            y = together[0](self.layers[0].with_rows(x), residual, norm, self._at_once)
         finally:
             for layer, stream in zip(self.layers, together, strict=True):
                 layer.stream = stream
@@ -90,10 +88,10 @@ class STLMLP(nn.Module):
             stream.count(x.shape[-2])
         return y
 
-    def _at_once(self, x: Tensor, residual: Tensor | None, norm: Norm | None = None) -> Tensor:
+    def _at_once(self, x: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:
         first, *up, second = self.layers
         by_kernels = self.uses_kernels(x)
-        if norm is not None and not (by_kernels and fits(first) and goes_with(norm, x)):
+        if norm is not None and not (by_kernels and first.normalises(norm, x)):
             x, norm = norm.apply(x), None
         if by_kernels:
             return self._by_kernels(x, residual, norm)

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stl.errors import SettingError
+from stl.normalisation import Norm
+
+Compute = Callable[[Tensor, Tensor | None, Norm | None], Tensor]
 
 
 class Stream:
@@ -24,12 +27,11 @@ class Stream:
         self.seen = self.calls = 0
         self._kept: Tensor | None = None
 
-    def __call__(
-        self, x: Tensor, residual: Tensor | None, compute: Callable[[Tensor, Tensor | None], Tensor]
-    ) -> Tensor:
-        """What `compute` gives for n new rows x (..., n, k), and a residual of them (..., n, m): (..., n, m).
+    def __call__(self, x: Tensor, residual: Tensor | None, norm: Norm | None, compute: Compute) -> Tensor:
+        """What `compute` gives for n new rows x (..., n, k), a residual of them (..., n, m) and a norm: (..., n, m).
 
-        Raises SettingError where other axes than the rows changed since the last part.
+        Rows are kept as the norm leaves them, whoever applies it to the next. Raises SettingError where other axes than
+        the rows changed since the last part.
         """
         kept = x[..., :0, :] if self._kept is None else self._kept
         if kept.shape[:-2] != x.shape[:-2]:
@@ -39,11 +41,12 @@ class Stream:
             )
         before, rows = kept.shape[-2], x
         if before:
-            rows = torch.cat([kept, x], -2)
+            rows, norm = torch.cat([kept, x if norm is None else norm.apply(x)], -2), None
             residual = None if residual is None else F.pad(residual, (0, 0, before, 0))
-        y = compute(rows, residual)
+        y = compute(rows, residual, norm)
         self.count(x.shape[-2])
-        self._kept = rows[..., rows.shape[-2] - self.seen % self._tile :, :].clone()
+        last = rows[..., rows.shape[-2] - self.seen % self._tile :, :]
+        self._kept = last.clone() if norm is None else norm.apply(last)
         return y[..., before:, :].contiguous()
 
     def count(self, n: int) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
+from stl.normalisation import Norm
+
 
 class Part(nn.Module):
     """Features of what the merged layer gave, in the place of the layer that gave them."""
@@ -27,12 +29,16 @@ class Part(nn.Module):
 
 
 class MergedAttention(LlamaAttention):
-    """Of its input transformers' own forward asks nothing but the shape, and hands it to the three parts."""
+    """Of its input transformers' own forward asks nothing but the shape, and hands it to the three parts.
+
+    A norm, for an STL layer, is applied to the input.
+    """
 
     qkv_proj: nn.Module
 
-    def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
-        return super().forward(self.qkv_proj(hidden_states), *arguments, **named)
+    def forward(self, hidden_states: Tensor, *arguments: Any, norm: Norm | None = None, **named: Any) -> Any:
+        merged = self.qkv_proj(hidden_states) if norm is None else self.qkv_proj(hidden_states, None, norm)
+        return super().forward(merged, *arguments, **named)
 
 
 class MergedMLP(LlamaMLP):

@@ -25,7 +25,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("auto", "torch", "triton")
 TILES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_NORMALISED_TILES = {2: 256, 4: 256, 8: 32}  # by t, in a row of tiles, which one program then holds
+# In a row of tiles, which one program then holds, by t; without and with gradients, of which a program holds more.
+MOST_NORMALISED_TILES = {2: (512, 256), 4: (512, 256), 8: (32, 32)}
 HIGHEST_RANK = 64  # the channels of a block of tiles stay in registers
 LEAST_WORK, LEAST_WORK_OF_TRAINING = 2**24, 2**26
 
@@ -49,6 +50,12 @@ def use_triton(backend: str, x: Tensor, tile: int, rank: int) -> bool:
     if reason:
         raise SettingError(f"backend='triton' {reason}")
     return True
+
+
+def holds_rows(tile: int, features: int) -> bool:
+    """Whether a program can hold a row of tiles of so many features, and so normalise it."""
+    without, with_gradients = MOST_NORMALISED_TILES.get(tile, (0, 0))
+    return -(-features // tile) <= (with_gradients if torch.is_grad_enabled() else without)
 
 
 def is_faster(tile: int, dtype: torch.dtype, rank: int, work: int | None, training: bool) -> bool:

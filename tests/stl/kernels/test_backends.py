@@ -29,7 +29,7 @@ def operators(module: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_what_is_set_computes_it(module, width, monkeypatch):
-    monkeypatch.setattr("stl.kernels.MOST_NORMALISED_TILES", {4: WIDTHS[width]})
+    monkeypatch.setattr("stl.kernels.MOST_NORMALISED_TILES", {4: 2 * (WIDTHS[width],)})
     assert module.backend == "auto"
     for backend, taken in (("triton", True), ("torch", False)):
         module.backend = backend
@@ -51,7 +51,7 @@ def test_layers_that_are_told_for_themselves():
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_an_unknown_one_gets_one_line(module, width, monkeypatch):
-    monkeypatch.setattr("stl.kernels.MOST_NORMALISED_TILES", {4: WIDTHS[width]})
+    monkeypatch.setattr("stl.kernels.MOST_NORMALISED_TILES", {4: 2 * (WIDTHS[width],)})
     module.backend = "foo"
     with pytest.raises(SettingError, match=r"^backend='foo' is unknown; choose one of auto, torch, triton$"):
         operators(module)

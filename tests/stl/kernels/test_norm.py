@@ -126,7 +126,7 @@ def test_the_counted_flops_are_those_of_the_layer_and_of_encoding_again():
 def test_what_is_too_wide_for_one_program_is_computed_one_after_the_other(monkeypatch):
     made, x = module(13, 10).float(), gaussian(2, 5, 13, seed=0).float()
     wanted = made(x)
-    monkeypatch.setattr("stl.kernels.MOST_NORMALISED_TILES", {4: 3})
+    monkeypatch.setattr("stl.kernels.MOST_NORMALISED_TILES", {4: (3, 3)})
     made.backend = "triton"
     torch.testing.assert_close(made(x), wanted)
 

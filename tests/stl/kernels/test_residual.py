@@ -90,7 +90,7 @@ def test_an_mlp_between_norm_and_residual(up):
 
 def test_the_norm_of_an_mlp_that_is_too_wide_for_one_program(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr("stl.kernels.MOST_NORMALISED_TILES", {4: 1})
+    monkeypatch.setattr("stl.kernels.MOST_NORMALISED_TILES", {4: (1, 1)})
     assert_agree(Added(mlp(7, 6), (2, 5, 6), norm=True), gaussian(2, 5, 7, seed=0) + 1)
 
 
