@@ -61,8 +61,12 @@ def train(cfg: DictConfig, folder: Path) -> None:
     Raises SettingError before anything is written where a setting is wrong.
     """
     quiet()
-    if not 0 <= cfg.seed < 2**32:
+    if not (isinstance(cfg.seed, int) and 0 <= cfg.seed < 2**32):
         raise SettingError(f"seed={cfg.seed} must be a whole number from 0 to 2³² − 1")
+    for name in ("trainer.max_epochs", "num_threads"):
+        value = OmegaConf.select(cfg, name)
+        if not (isinstance(value, int) and value > 0) and (value is not None or name != "num_threads"):
+            raise SettingError(f"{name}={value} must be a whole number, 1 or more")
     if cfg.trainer.limit_val_batches == 0:
         raise SettingError("trainer.limit_val_batches=0 leaves nothing to report; use 1 or more")
     start = starting_point(folder, cfg.ckpt_path, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))

@@ -83,6 +83,7 @@ _IDENTITY = {
     "model": ("name", "token_order", "strides", "linear_groups", "merged"),
     "linear": ("_target_", "tile", "rank", "basis", "row_axis", "train_basis", "train_weight", "factor", "window"),
 }
+_BEFORE = {"model": {"merged": False}}  # what checkpoints from before a setting existed have
 
 
 def load_weights(task: nn.Module, checkpoint: dict[str, Any], path: Path, config: dict[str, Any]) -> None:
@@ -93,7 +94,7 @@ def load_weights(task: nn.Module, checkpoint: dict[str, Any], path: Path, config
     saved = checkpoint["config"]
     differences = []
     for group, keys in _IDENTITY.items():
-        theirs, ours = saved[group], config[group]
+        theirs, ours = _BEFORE.get(group, {}) | saved[group], config[group]
         for key in keys:
             if key in theirs and key in ours and theirs[key] != ours[key]:
                 differences.append(f"{group}.{key}={theirs[key]} in the checkpoint, {ours[key]} here")

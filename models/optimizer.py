@@ -86,12 +86,12 @@ def cosine_schedule(
     """Linear warm-up from `warmup_lr`, cosine to `min_lr`, then `cooldown_epochs` of the `epochs` at `min_lr`.
 
     Stepped once a batch with `step_update`; learning rates are absolute and hold for every group.
-    Raises SettingError for a negative number.
+    Raises SettingError for what is no number, or a negative one.
     """
     settings = {"warmup_epochs": warmup_epochs, "cooldown_epochs": cooldown_epochs}
     for name, value in {**settings, "warmup_lr": warmup_lr, "min_lr": min_lr}.items():
-        if not value >= 0:
-            raise SettingError(f"scheduler.{name}={value} must not be negative")
+        if not (_is_number(value) and value >= 0):
+            raise SettingError(f"scheduler.{name}={value} must be a number that is not negative")
     return CosineLRScheduler(
         optimizer,
         t_initial=max(1, round((epochs - cooldown_epochs) * steps_per_epoch)),

@@ -2,6 +2,7 @@
 
     python scripts/bench_ops.py --out results/ops_h200.json
     python scripts/bench_ops.py --backward --shapes 16384,4096,4096
+    python scripts/bench_ops.py --tile 8 --ranks 64 --out results/ops_t8_h200.json
     python scripts/bench_ops.py --device cpu --dtype float32 --shapes 1024,2048,2048 1024,4096,4096 --ranks 16
 
 A shape n,k,m is a layer of k → m features on n rows. Every method is checked before it is timed, against the reference
@@ -38,7 +39,7 @@ from stl.functional import encode_weight
 
 SHAPES = ["51200,384,1152", "51200,768,3072", "16384,2048,5632", "16384,4096,4096", "16384,4096,11008"]
 SHAPES += ["16384,8192,8192", "16384,16384,16384"]
-EXACT = {48: "exact48", 49: "strassen"}  # ranks at which the basis multiplies exactly; the others are frames
+EXACT = {(4, 48): "exact48", (4, 49): "strassen"}  # tiles and ranks of bases that multiply exactly; the others: frames
 FIRST = 1024  # rows that are compared with float64
 
 
@@ -59,8 +60,8 @@ def operands(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Ten
     return make(shape.n, shape.k), make(shape.m, shape.k) / shape.k**0.5, make(shape.m)
 
 
-def basis_of(rank: int) -> Basis:
-    return get_basis(EXACT.get(rank, "frame"), 4, rank)
+def basis_of(tile: int, rank: int) -> Basis:
+    return get_basis(EXACT.get((tile, rank), "frame"), tile, rank)
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def product(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
 
 
 def methods(
-    x: Tensor, w: Tensor, bias: Tensor, ranks: list[int], backends: list[str], backward: bool
+    x: Tensor, w: Tensor, bias: Tensor, ranks: list[int], backends: list[str], backward: bool, tile: int = 4
 ) -> Iterator[Method]:
     """Dense; on a GPU dense compiled, and 2:4, which has no backward pass; STL by each backend and rank."""
     (n, k), m, device, dtype = x.shape, len(w), x.device.type, x.dtype
@@ -99,17 +100,22 @@ def methods(
         if not backward:
             yield sparse(x, w, bias)
     for rank in ranks:
-        basis = basis_of(rank)
+        basis = basis_of(tile, rank)
         matrices = [matrix.to(device, dtype) for matrix in (basis.encode_x, basis.decode)]
         weight = encode_weight(w.T.double(), basis.encode_w.to(device)).to(dtype)
-        tiles = -(-n // 4)
-        macs = tiles * weight.numel() * passes + (tiles * 16 * rank * (weight.shape[1] + weight.shape[2])) * passes
+        tiles = -(-n // tile)
+        macs = tiles * passes * (weight.numel() + tile**2 * rank * (weight.shape[1] + weight.shape[2]))
         for backend in backends:
             function = partial(stl_linear, out_features=m, backend=backend)
             wanted = exactly(partial(stl_linear, out_features=m, backend="torch"), weight, *matrices, bias)
             run = layer(function, weight, *matrices, bias)
             numbers = sizes + passes * weight.numel()
-            facts = {"rank": rank, "backend": backend, "encoded_bytes": tiles * weight.shape[1] * rank * dtype.itemsize}
+            facts = {
+                "tile": tile,
+                "rank": rank,
+                "backend": backend,
+                "encoded_bytes": tiles * weight.shape[1] * rank * dtype.itemsize,
+            }
             yield Method(f"stl r={rank}, {backend}", run, wanted, macs, numbers, facts)
 
 
@@ -144,16 +150,18 @@ def product_error(exact: Tensor, y: Tensor) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,K,M")
+    parser.add_argument("--tile", type=int, default=4)
     parser.add_argument("--backward", action="store_true", help="forward and backward pass, all gradients")
     add_options(parser, [16, 24, 32, 48, 49], "results/ops.json")
     arguments = parser.parse_args()
     shapes = [Shape.parse(text) for text in arguments.shapes]
     for rank in arguments.ranks:
-        basis_of(rank)  # before anything is measured
+        basis_of(arguments.tile, rank)  # before anything is measured
     result = begin(arguments) | {"pass": "forward and backward" if arguments.backward else "forward"}
     for shape in shapes:
         inputs = operands(shape, arguments.device, getattr(torch, arguments.dtype))
-        candidates = methods(*inputs, arguments.ranks, backends_of(arguments), arguments.backward)
+        backends = backends_of(arguments)
+        candidates = methods(*inputs, arguments.ranks, backends, arguments.backward, arguments.tile)
         more = partial(product_error, product(*inputs))
         for row in measure(vars(shape), candidates, result["ceilings"], more):
             result["rows"].append(row)

@@ -69,7 +69,9 @@ def exportable(model: Any, tokenizer: Tokenizer) -> Any:
     if encode_weights(model):
         model.config.stl = model.config.stl | {"train_weight": "encoded"}
     if model.config.stl is None:
-        own = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "stl")}
+        model.split()
+        ours = ("model_type", "merged", "stl")
+        own = {key: value for key, value in model.config.to_dict().items() if key not in ours}
         plain = LlamaForCausalLM(LlamaConfig(**own))
         plain.load_state_dict(model.state_dict())
         model = plain.eval()

@@ -3,7 +3,8 @@
     python scripts/flops_llm.py                                # writes results/flops_llm.{md,json}
     python scripts/flops_llm.py --models llama_small --length 512 --ranks 16 20 24 --out .
 
-Attention products are counted in full, masked or not; 2:4 as sparse kernels compute it. Nothing is computed, and no
+Attention products are counted in full, masked or not; 2:4 as sparse kernels compute it; merged, one layer stands where
+several read the same x, which STL encodes once. Nothing is computed, and no
 weights are held.
 """
 
@@ -32,14 +33,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder")
     arguments = parser.parse_args()
-    kinds: dict[str, Any] = {"dense": nn.Linear, "2:4": Sparse24Linear}
+    kinds: dict[str, Any] = {"dense": (nn.Linear, False), "2:4": (Sparse24Linear, False)}
     for rank in arguments.ranks:
-        kinds[f"stl t=4 r={rank}"] = partial(STLLinear, tile=4, rank=rank, **WAYS["tokens"])
+        stl = partial(STLLinear, tile=4, rank=rank, **WAYS["tokens"])
+        kinds |= {f"stl t=4 r={rank}": (stl, False), f"stl t=4 r={rank}, merged": (stl, True)}
     lines, counted = [], []
     for name in arguments.models:
-        for label, linear in kinds.items():
+        for label, (linear, merged) in kinds.items():
             with torch.device("meta"):
-                model = build(configuration(name), linear, "meta", torch.float32)
+                model = build(configuration(name), linear, "meta", torch.float32, merged)
             report = count_flops(model, (1, arguments.length), torch.int64)
             linear_macs, total = report.linear / arguments.length, report.total / arguments.length
             millions = [f"{number / 1e6:.1f}" for number in (report.params, linear_macs, total)]

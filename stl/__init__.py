@@ -19,6 +19,7 @@ from stl.linear import STLLinear, encode_weights
 from stl.mlp import STLMLP
 from stl.mlps import fuse_mlps
 from stl.norm_linear import STLNormLinear
+from stl.normalisation import Norm
 from stl.streaming import Streaming
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Basis",
     "ConversionReport",
     "FlopReport",
+    "Norm",
     "STLBlock",
     "STLLinear",
     "STLMultiheadAttention",

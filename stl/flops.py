@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stl.errors import SettingError
 from stl.linear import STLLinear
+from stl.normalisation import Norm
 
 
 @runtime_checkable
@@ -206,6 +207,7 @@ def _count(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None) 
         log.disabled = True  # what goes wrong is raised
         for module in model.modules():
             if isinstance(module, STLLinear):
+                module.backend = "torch"  # each layer by itself, whatever kernels compute at once
                 module.forward = partial(_output, module)  # type: ignore[method-assign] # nothing in it is left to count
             module.register_forward_pre_hook(tally.enter)
             module.register_forward_hook(tally.leave, with_kwargs=True)
@@ -215,7 +217,7 @@ def _count(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None) 
     return FlopReport(shape, tuple(tally.rows), params)
 
 
-def _output(layer: STLLinear, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def _output(layer: STLLinear, x: Tensor, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
     """What the layer would give, of that shape only."""
     layer.with_rows(x)  # raises where it would
     return x.new_empty(*x.shape[:-1], layer.out_features)

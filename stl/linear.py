@@ -24,8 +24,8 @@ class STLLinear(nn.Module):
     (r, t²), `decoder` (r, t²), `bias` (m,) or None.
 
     Input (..., n, k), a residual of the output's shape that is added to it, and a norm that is applied to the input,
-    with kernels neither a pass over memory of its own; output (..., n, m). The t rows of a
-    tile mix where the basis is not exact, so it matters which rows share a tile:
+    with kernels neither a pass over memory of its own; output (..., n, m). The t rows of a tile mix where the basis is
+    not exact, so it matters which rows share a tile:
 
     - `row_axis="tokens"`: neighbours along axis −2. A 2-D input is (batch, features), as everywhere in PyTorch: each
       sample is then one token, alone in its tile, so that samples never mix.
@@ -227,8 +227,7 @@ class STLLinear(nn.Module):
 
         Raises SettingError where it asks for kernels that there are not.
         """
-        by_kernels = kernels.use_triton(self.backend, x, self.tile, self.rank)
-        return by_kernels and kernels.holds_rows(self.tile, self.in_features) and norm.goes_with(x)
+        return self.uses_kernels(x) and kernels.holds_rows(self.tile, self.in_features) and norm.goes_with(x)
 
     def with_rows(self, x: Tensor) -> Tensor:
         """x as `stl_linear` takes it: where its rows are samples of one token each, every row a matrix of its own.
@@ -267,11 +266,11 @@ class STLLinear(nn.Module):
         return encoder.masked_fill(self.outside[0], 0), decoder.masked_fill(self.outside[1], 0)
 
     def uses_kernels(self, x: Tensor) -> bool:
-        """Whether kernels may compute it for this x together with its neighbours; not while it streams.
+        """Whether kernels compute it for this x, and may do so together with its neighbours.
 
         Raises SettingError where it asks for kernels that there are not.
         """
-        return self.stream is None and kernels.use_triton(self.backend, x, self.tile, self.rank)
+        return kernels.use_triton(self.backend, x, self.tile, self.rank)
 
     def extra_repr(self) -> str:
         return (

@@ -26,7 +26,7 @@ class STLMLP(nn.Module):
     """second(activation(first(x))), or gated second(activation(first(x))·up(x)), then dropout.
 
     A gated one may have its first two layers in one, whose first half of features is activated and multiplied with the
-    second: `halves=True`. Their tiles are then encoded once, by one encoder.
+    second: `halves=True`. Their tiles are then encoded once, by one encoder; a half must be whole tiles.
 
     Input (..., n, k), output (..., n, m). A residual of the output's shape is added to it, and a norm applied to the
     input; with kernels neither is a pass over memory of its own. The numbers are those of the layers one after the
@@ -52,6 +52,12 @@ class STLMLP(nn.Module):
             raise SettingError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
         layers = [first, *([] if up is None else [up]), second]
         check_is_stl(*layers)
+        if halves and up is not None:
+            raise SettingError("halves=True takes up from the first layer; give one of the two")
+        if halves and second.in_features % second.tile:
+            raise SettingError(
+                f"halves of {second.in_features} features are no whole tiles of {second.tile}; give first and up apart"
+            )
         if not fit(first, up, second, halves):
             before = f"{'the halves of ' * halves}{first}" if up is None else f"{first} and {up}"
             raise SettingError(f"{second} cannot follow {before}: sizes, tiles and row axes must agree")
@@ -100,7 +106,7 @@ class STLMLP(nn.Module):
         return second(hidden * factor[0] if factor else hidden, residual)
 
     def uses_kernels(self, x: Tensor) -> bool:
-        """As that of a layer."""
+        """As that of a layer, but not while layers stream each by itself."""
         if self.backend == "mixed" or any(layer.stream is not None for layer in self.layers):
             return False
         return kernels.use_triton(self.backend, x, self.layers[0].tile, max(layer.rank for layer in self.layers))
@@ -152,8 +158,8 @@ class STLMLP(nn.Module):
 
 
 def fit(first: STLLinear, up: STLLinear | None, second: STLLinear, halves: bool = False) -> bool:
-    """Whether all cut alike, the layers before the activation have the same sizes, and the second takes them, or one
-    half of the tiles of the first."""
+    """Whether all cut alike, the layers before the activation have the same sizes, and the second takes them, or half
+    of the tiles of the first."""
 
     def cut(layer: STLLinear) -> tuple[int, str]:
         return layer.tile, layer.row_axis

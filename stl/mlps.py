@@ -19,10 +19,10 @@ def fuse_mlps(model: nn.Module) -> list[str]:
 
     What a module computes is read off its traced graph, in training and in evaluation: first → activation → second, or
     second(activation(first(x))·up(x)), of STL layers with GELU (exact or tanh), ReLU or SiLU, dropout before the output
-    only; first and up may be the halves of one layer, as in Phi-3. Left alone is what has hooks or a patched forward,
-    parameters or buffers of its own, a forward of more than one argument or one that changes the module, or layers of
-    different backends. Returns the names of what was replaced; state dicts stay as they were, other attributes of the
-    modules are gone.
+    only; first and up may be the halves of one layer, as in Phi-3, if they are whole tiles. Left alone is what has
+    hooks or a patched forward, parameters or buffers of its own, a forward of more than one argument or one that
+    changes the module, or layers of different backends. Returns the names of what was replaced; state dicts stay as
+    they were, other attributes of the modules are gone.
     """
     replaced = []
     for name, module in list(model.named_modules()):
@@ -143,9 +143,11 @@ class _Reader:
 
 
 def _taken(features: range, index: Any) -> range | None:
-    """Those that an index of a tensor takes along its last axis; None where it says more."""
+    """Those that an index of a tensor takes along its last axis; None where it says more, or is computed."""
     last = index[-1] if isinstance(index, tuple) and index[:-1] == (Ellipsis,) else None
-    return features[last] if isinstance(last, slice) else None
+    if isinstance(last, slice) and not any(isinstance(of, fx.Node) for of in (last.start, last.stop, last.step)):
+        return features[last]
+    return None
 
 
 def _activation_of(step: Any, options: Mapping[str, Any]) -> str | None:

@@ -30,4 +30,4 @@ class Norm(NamedTuple):
         """Whether kernels may apply it to x; what does not go together is PyTorch's to refuse."""
         numbers = [self.gain, *([] if self.shift is None else [self.shift])]
         alike = autocast_dtype(x) is not None or all(tensor.dtype == x.dtype for tensor in numbers)
-        return alike and all(tensor.device == x.device for tensor in numbers)
+        return alike and all(tensor.device == x.device and tensor.shape == x.shape[-1:] for tensor in numbers)

@@ -307,6 +307,11 @@ def test_callbacks_are_switched_off_by_null(tmp_path, capfd):
         (["callbacks.checkpoint.keep=0"], "error: callbacks.checkpoint.keep=0 must be 1 or more"),
         (["optimizer.lr=nan"], "error: optimizer.lr=nan must be a positive number"),
         (["seed=-1"], "error: seed=-1 must be a whole number from 0"),
+        (["seed=one"], "error: seed=one must be a whole number from 0"),
+        (["trainer.max_epochs=0"], "error: trainer.max_epochs=0 must be a whole number, 1 or more"),
+        (["trainer.max_epochs=null"], "error: trainer.max_epochs=None must be a whole number, 1 or more"),
+        (["num_threads=many"], "error: num_threads=many must be a whole number, 1 or more"),
+        (["scheduler.warmup_epochs=long"], "error: scheduler.warmup_epochs=long must be a number that is not negative"),
     ],
 )
 def test_bad_settings_get_one_line_and_leave_nothing_behind(words, message, tmp_path):

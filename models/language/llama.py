@@ -1,6 +1,6 @@
 """LLaMA (Touvron et al., arXiv 2302.13971) as transformers has it, with STL layers as a part of its configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers.utils import can_return_tuple
 from models.language.attention import leave_out_masks
 from models.language.cache import streaming
 from models.language.groups import REPLACED, check_groups, patterns
-from models.language.merged import merge_projections
+from models.language.merged import merge_projections, split_projections
 from stl import ConversionReport, SettingError, STLLinear, convert
 
 
@@ -54,13 +54,21 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
     def merge(self) -> None:
         """Make one layer of those that read the same x, in place, where that is not done yet.
 
-        Raises SettingError for a converted model, whose layers have encoders of their own.
+        Raises SettingError for a converted model, whose layers have encoders of their own, and all that
+        `merge_projections` raises.
         """
+        self._change(True, merge_projections)
+
+    def split(self) -> None:
+        """`merge` undone, with the same errors."""
+        self._change(False, split_projections)
+
+    def _change(self, merged: bool, change: Callable[[nn.Module], None]) -> None:
         if self.config.stl is not None:
-            raise SettingError(f"the model is converted already, stl={self.config.stl}; merge the dense one first")
-        if not self.config.merged:
-            merge_projections(self)
-            self.config.merged = True
+            raise SettingError(f"the model is converted already, stl={self.config.stl}; merge or split the dense one")
+        if self.config.merged != merged:
+            change(self)
+            self.config.merged = merged
 
     def convert(
         self, *, from_dense: bool = True, calibration: Any = None, calibrate_basis: bool = False, **stl: Any

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
-from stl.normalisation import Norm
+from stl import Norm, SettingError
+from stl.tracing import is_changed
 
 
 class Part(nn.Module):
@@ -48,31 +49,78 @@ class MergedMLP(LlamaMLP):
         return super().forward(self.gate_up_proj(x))
 
 
+MERGED: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {  # the merged layer, and whose places its parts take
+    MergedAttention: ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    MergedMLP: ("gate_up_proj", ("gate_proj", "up_proj")),
+}
+
+
 def merge_projections(model: nn.Module) -> None:
-    """In every block of a LLaMA of dense layers, in place: `qkv_proj` and `gate_up_proj` with their weights."""
-    for block in model.modules():
-        if isinstance(block, LlamaDecoderLayer):
-            _merge(block.self_attn, MergedAttention, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
-            _merge(block.mlp, MergedMLP, "gate_up_proj", ("gate_proj", "up_proj"))
+    """In every block of a LLaMA of dense layers, in place: `qkv_proj` and `gate_up_proj` with their weights.
+
+    Raises SettingError, and leaves the model as it was, where a layer is not dense, has hooks, or is frozen while
+    another of those that become one is not.
+    """
+    places = _places(model)
+    for module, kind in places:
+        _check({name: module.get_submodule(name) for name in MERGED[kind][1]})
+    for module, kind in places:
+        _merge(module, kind)
 
 
-def _merge(module: nn.Module, kind: type[nn.Module], name: str, parts: tuple[str, ...]) -> None:
+def split_projections(model: nn.Module) -> None:
+    """`merge_projections` undone, in place. Raises SettingError where a merged layer is not dense, or has hooks."""
+    places = _places(model)
+    for module, kind in places:
+        _check({MERGED[kind][0]: module.get_submodule(MERGED[kind][0])})
+    for module, kind in places:
+        _split(module, kind)
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """The modules whose layers are to be merged or split, and what they are when merged."""
+    blocks = [block for block in model.modules() if isinstance(block, LlamaDecoderLayer)]
+    return [place for block in blocks for place in ((block.self_attn, MergedAttention), (block.mlp, MergedMLP))]
+
+
+def _check(layers: dict[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        if type(layer) is not nn.Linear or is_changed(layer):
+            raise SettingError(f"{name} is {layer}, perhaps with hooks; only dense layers can be merged or split")
+    if len({layer.weight.requires_grad for layer in layers.values()}) > 1:
+        raise SettingError(f"some of {', '.join(layers)} are frozen and some are not; they become one layer")
+
+
+def _merge(module: nn.Module, kind: type[nn.Module]) -> None:
+    name, parts = MERGED[kind]
     layers: list[Any] = [module.get_submodule(part) for part in parts]
-    first, sizes = layers[0], [layer.out_features for layer in layers]
-    merged: Any = nn.utils.skip_init(
-        nn.Linear,
-        first.in_features,
-        sum(sizes),
-        bias=first.bias is not None,
-        device=first.weight.device,
-        dtype=first.weight.dtype,
-    )
-    for role, own in merged.named_parameters():
-        given = [getattr(layer, role) for layer in layers]
-        own.requires_grad_(any(one.requires_grad for one in given))
-        own.data.copy_(torch.cat(given))
+    sizes = [layer.out_features for layer in layers]
+    given = zip(*(layer.named_parameters() for layer in layers), strict=True)
+    setattr(module, name, _dense(layers[0], {own[0][0]: torch.cat([value for _, value in own]) for own in given}))
     for part, (start, stop) in zip(parts, pairwise(accumulate(sizes, initial=0)), strict=True):
         setattr(module, part, Part(start, stop))
-    setattr(module, name, merged)
     module.__class__ = kind
     module.train(module.training)
+
+
+def _split(module: nn.Module, kind: type[nn.Module]) -> None:
+    name, parts = MERGED[kind]
+    merged: Any = module.get_submodule(name)
+    for part in parts:
+        place: Any = module.get_submodule(part)
+        own = {role: value[place.start : place.stop] for role, value in merged.named_parameters()}
+        setattr(module, part, _dense(merged, own))
+    delattr(module, name)
+    module.__class__ = kind.__base__  # type: ignore[assignment]
+    module.train(module.training)
+
+
+def _dense(like: nn.Linear, parameters: dict[str, Tensor]) -> nn.Linear:
+    """A layer with these weights, frozen where `like` is."""
+    weight = parameters["weight"]
+    size = {"bias": "bias" in parameters, "device": weight.device, "dtype": weight.dtype}
+    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], **size)
+    for role, own in layer.named_parameters():
+        own.data.copy_(parameters[role])
+        own.requires_grad_(like.get_parameter(role).requires_grad)
+    return layer

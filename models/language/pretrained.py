@@ -34,6 +34,8 @@ def read_weights(
         _check_sizes(source, model.config, config)
     if config is not None and config.merged:
         model.merge()
+    elif config is not None:
+        model.split()
     return model
 
 
@@ -41,8 +43,6 @@ def _check_sizes(source: str, own: Any, config: STLLlamaConfig | None) -> None:
     for key in SIZES if config is not None else ():
         if (theirs := getattr(own, key)) != (ours := getattr(config, key)):
             raise SettingError(f"model.weights={source!r} has {key}={theirs}, model.{key} is {ours}; make them agree")
-    if config is not None and own.merged and not config.merged:
-        raise SettingError(f"model.weights={source!r} has merged projections; set model.merged=true as well")
 
 
 def _from_hub(source: str) -> STLLlamaForCausalLM:

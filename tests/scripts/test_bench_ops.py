@@ -38,6 +38,15 @@ def test_every_method_is_right_and_has_a_time(backward):
     assert rows[1]["encoded_bytes"] == 6 * 3 * 16 * 4
 
 
+def test_other_tiles():
+    inputs = bench_ops.operands(Shape(12, 10, 6), "cpu", torch.float32)
+    *_, row = bench_ops.measure({}, bench_ops.methods(*inputs, [7], ["torch"], False, tile=2), TOP)
+    assert (row["tile"], row["rank"]) == (2, 7)
+    assert row["macs"] == 6 * (7 * 5 * 3 + 4 * 7 * (5 + 3))
+    assert row["error"] < 1e-5
+    assert row["seconds"] > 0
+
+
 def test_gradients_are_checked_as_well(monkeypatch):
     class Halved(torch.autograd.Function):
         @staticmethod

@@ -40,7 +40,7 @@ def words(tmp_path_factory) -> list[str]:
         ["experiment=llm/small_stl", "model.calibration=0", "data.tokenizer=bpe", "data.bpe_vocab_size=280"],
         ["experiment=llm/small_dense", "data.tokenizer=bpe", "data.bpe_vocab_size=280"],
         ["experiment=llm/small_sparse24", "model.calibration=0", "linear.pruning=magnitude", "data.tokenizer=bytes"],
-        ["experiment=llm/small_dense", "linear=low_rank", "data.tokenizer=bytes"],
+        ["experiment=llm/small_dense", "linear=low_rank", "data.tokenizer=bytes", "model.merged=true"],
         ["experiment=llm/small_dense", "linear=monarch", "data.tokenizer=bytes"],
     ],
     ids=["stl", "dense", "sparse24", "low_rank", "monarch"],

@@ -54,6 +54,14 @@ class Halves(nn.Module):
         return self.down_proj(up * F.silu(gate))
 
 
+class HalvesByShape(Halves):
+    """Where they are is computed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        both, features = self.gate_up_proj(x), x.shape[-1]
+        return self.down_proj(F.silu(both[..., :features]) * both[..., features:])
+
+
 class HalvesAgain(Halves):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.gate_up_proj(x)[..., :6]
@@ -187,6 +195,7 @@ OTHERS = {
     "no halves": Halves(slice(8), slice(7, 15)),
     "halves in the other order": Halves(slice(8, 16), slice(0, 8)),
     "halves used again": HalvesAgain(),
+    "halves whose sizes are computed": HalvesByShape(),
     "gated by itself": GatedByItself(),
     "gated by another input": GatedByInput(),
     "gated twice": GatedTwice(),
@@ -283,7 +292,10 @@ def test_an_up_that_does_not_fit_gets_one_line():
         STLMLP(stl(6, 8), "silu", stl(8, 6), ("a", "b"), up=stl(6, 8))
 
 
-@pytest.mark.parametrize("second", [stl(7, 6), stl(8, 6)])
-def test_halves_that_do_not_fit_get_one_line(second):
+def test_halves_that_do_not_fit_get_one_line():
     with pytest.raises(SettingError, match=r"cannot follow the halves of STLLinear.*sizes, tiles and row axes"):
-        STLMLP(stl(6, 14), "silu", second, halves=True)
+        STLMLP(stl(6, 14), "silu", stl(8, 6), halves=True)
+    with pytest.raises(SettingError, match=r"^halves of 7 features are no whole tiles of 2; give first and up apart$"):
+        STLMLP(stl(6, 14), "silu", stl(7, 6), halves=True)
+    with pytest.raises(SettingError, match=r"^halves=True takes up from the first layer; give one of the two$"):
+        STLMLP(stl(6, 16), "silu", stl(8, 6), up=stl(6, 16), halves=True)

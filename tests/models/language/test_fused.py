@@ -4,12 +4,13 @@ import pytest
 import torch
 from agreement import DEVICE
 from llamas import WAYS, ids, llama, logits
-from torch.utils.flop_counter import FlopCounterMode
 
-from stl import STLMLP, STLLinear
+from stl import STLMLP, Norm, STLLinear, count_flops
 
 pytest.importorskip("transformers")
 pytest.importorskip("triton")
+
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from models.language.fused import FusedLayer, fuse_llama
 
@@ -30,23 +31,52 @@ def fused(way: str, backend: str = "triton"):
     return model
 
 
-def operators(model, x: torch.Tensor) -> dict[str, int]:
-    with FlopCounterMode(display=False) as counter:
-        logits(model, x)
-    return {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+@pytest.mark.parametrize("way", WAYS)
+def test_the_logits_stay_and_no_norm_is_a_pass_of_its_own(way, monkeypatch):
+    model, x, calls = fused(way), ids(3, 9).to(DEVICE), []
+    wanted = logits(llama(WAYS[way], merged=True).float().to(DEVICE), x)
+    apply = Norm.apply
+    monkeypatch.setattr(Norm, "apply", lambda norm, x: calls.append("norm") or apply(norm, x))
+    for name, module in model.named_modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    torch.testing.assert_close(logits(model, x), wanted, rtol=1e-3, atol=1e-3)
+    assert calls == ["model.norm"]  # before the dense head
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_logits_stay_and_no_norm_is_a_pass_of_its_own(way):
-    model, x = fused(way), ids(3, 9).to(DEVICE)
-    wanted = logits(llama(WAYS[way], merged=True).float().to(DEVICE), x)
-    torch.testing.assert_close(logits(model, x), wanted, rtol=1e-3, atol=1e-3)
-    calls = []
-    for name, module in model.named_modules():
-        if name.endswith("layernorm"):
-            module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    assert "stl.norm_encode_gemm" in operators(model, x)
-    assert calls == []
+def test_it_is_counted_as_what_it_was(way):
+    wanted = count_flops(llama(WAYS[way], merged=True).float(), (4, 8), torch.int64)
+    for backend in ("torch", "triton"):
+        assert vars(count_flops(fused(way, backend), (4, 8), torch.int64)) == vars(wanted)
+
+
+def test_arguments_by_place_are_those_of_transformers():
+    layer, x = fused("tokens").model.layers[0], torch.randn(2, 5, 24, device=DEVICE)
+    rotation = torch.ones(1, 5, 6, device=DEVICE), torch.zeros(1, 5, 6, device=DEVICE)
+    got, wanted = layer(x, None, position_embeddings=rotation), layer(x, position_embeddings=rotation)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+class Doubled(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden_states)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.input_layernorm.register_forward_hook(lambda *given: 2 * given[-1]),
+        lambda block: setattr(block.post_attention_layernorm, "__class__", Doubled),
+        lambda block: block.self_attn.register_forward_pre_hook(lambda *_: None),
+    ],
+    ids=["a hook of a norm", "another norm", "a hook of the attention"],
+)
+def test_blocks_that_do_more_are_left_alone(change):
+    model = llama(WAYS["tokens"], merged=True)
+    change(model.model.layers[0])
+    fuse_llama(model)
+    assert [type(block) is FusedLayer for block in model.model.layers] == [False, True]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -7,6 +7,7 @@ import torch
 from llamas import WAYS, assert_causal, assert_close, ids, llama, logits, stl_layers
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.sparse24 import Sparse24Linear
 from stl import STLMLP, SettingError, count_flops, fuse_mlps
 
 pytest.importorskip("transformers")
@@ -34,7 +35,9 @@ def test_weights_stay_frozen_and_training():
     model.merge()
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
-    assert all(module.training for module in llama(merged=True).train().modules())
+    model = llama().train()
+    model.merge()
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -90,8 +93,42 @@ def test_compiles_without_graph_breaks(way):
     assert_close(logits(compiled, x), logits(model, x))
 
 
-def test_what_is_converted_is_not_merged():
-    model = llama(WAYS["tokens"])
-    with pytest.raises(SettingError, match=r"is converted already, stl=.*; merge the dense one first"):
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_is_merged_is_split_again(bias):
+    model = llama(attention_bias=bias, mlp_bias=bias)
+    whole = copy.deepcopy(model)
+    whole.merge()
+    whole.split()
+    assert not whole.config.merged
+    assert {name: type(module) for name, module in whole.named_modules()} == {
+        name: type(module) for name, module in model.named_modules()
+    }
+    mine, theirs = whole.state_dict(), model.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_what_is_converted_stays_as_it_is(merged):
+    model = llama(WAYS["tokens"], merged=merged)
+    with pytest.raises(SettingError, match=r"is converted already, stl=.*; merge or split the dense one"):
+        (model.split if merged else model.merge)()
+    assert model.config.merged == merged
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda attention: setattr(attention, "v_proj", Sparse24Linear(24, 12, False)), r"^v_proj is Sparse24Linear"),
+        (lambda attention: attention.k_proj.register_forward_hook(lambda *_: None), r"^k_proj is Linear.*hooks; only"),
+        (lambda attention: attention.q_proj.requires_grad_(False), r"^some of q_proj, k_proj, v_proj are frozen"),
+    ],
+)
+def test_layers_that_cannot_be_one_are_named_and_nothing_changes(change, said):
+    model = llama()
+    change(model.model.layers[1].self_attn)
+    names = list(model.state_dict())
+    with pytest.raises(SettingError, match=said):
         model.merge()
-    assert not copy.deepcopy(model).config.merged
+    assert list(model.state_dict()) == names
+    assert not model.config.merged

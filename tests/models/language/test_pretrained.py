@@ -127,18 +127,17 @@ def test_weights_are_merged_where_that_is_asked_for(tmp_path, model):
         assert same(read_weights(source, config()), model)
 
 
-def test_merged_weights_are_not_taken_apart(tmp_path, model):
-    model.merge()
-    source = str(tmp_path / "folder")
-    model.save_pretrained(source)
+def test_merged_weights_are_split_where_that_is_asked_for(tmp_path, model):
+    merged, source = copy.deepcopy(model), str(tmp_path / "folder")
+    merged.merge()
+    merged.save_pretrained(source)
     own = {"_target_": "models.language.build.build_llama", "vocab_size": None, "merged": True, **OWN}
     settings = {
         "model": own,
         "linear": {"_target_": "torch.nn.Linear"},
         "data": {"_target_": "data.text_files.TextFiles"},
     }
-    for place in (source, checkpoint(tmp_path, model, config=settings)):
-        assert same(read_weights(place, config(merged=True)), model)
-        assert same(read_weights(place), model)
-        with pytest.raises(SettingError, match=r"has merged projections; set model.merged=true as well"):
-            read_weights(place, config())
+    for place in (source, checkpoint(tmp_path, merged, config=settings)):
+        assert same(read_weights(place, config(merged=True)), merged)
+        assert same(read_weights(place), merged)
+        assert same(read_weights(place, config()), model)

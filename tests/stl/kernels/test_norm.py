@@ -9,7 +9,7 @@ from agreement import DEVICE, assert_agree, gaussian, with_strides
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stl import SettingError, STLLinear, STLNormLinear
+from stl import Norm, SettingError, STLLinear, STLNormLinear, count_flops
 
 BASES = [("strassen", 2, 7), ("hadamard", 4, 16), ("frame", 4, 24), ("hadamard", 8, 64)]
 NORMS = {"layer": nn.LayerNorm, "layer, no bias": lambda k: nn.LayerNorm(k, bias=False), "rms": nn.RMSNorm}
@@ -121,6 +121,8 @@ def test_the_counted_flops_are_those_of_the_layer_and_of_encoding_again():
     (forward, backward), (wanted, wanted_backward) = flops("triton"), flops("torch")
     assert forward == wanted
     assert backward == wanted_backward + 2 * (2 * 2) * 4 * 16 * 16
+    made.backend = "triton"
+    assert 2 * count_flops(made, x.shape).total == forward
 
 
 def test_what_is_too_wide_for_one_program_is_computed_one_after_the_other(monkeypatch):
@@ -129,6 +131,27 @@ def test_what_is_too_wide_for_one_program_is_computed_one_after_the_other(monkey
     monkeypatch.setattr("stl.kernels.MOST_NORMALISED_TILES", {4: (3, 3)})
     made.backend = "triton"
     torch.testing.assert_close(made(x), wanted)
+
+
+@pytest.mark.parametrize(
+    ("width", "with_gradients", "without"), [(4, True, True), (12, False, True), (13, False, False)]
+)
+def test_rows_may_be_wider_without_gradients(width, with_gradients, without, monkeypatch):
+    made, x = module(width, 10).float(), gaussian(2, 5, width, seed=0).float()
+    monkeypatch.setattr("stl.kernels.MOST_NORMALISED_TILES", {4: (3, 1)})
+    made.backend = "triton"
+    for gradients, fused in ((True, with_gradients), (False, without)):
+        with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as counter:
+            made(x)
+        assert ("stl.norm_encode_gemm" in map(str, counter.get_flop_counts()["Global"])) == fused
+
+
+@pytest.mark.parametrize("features", [4, 16])
+def test_a_norm_of_other_features_is_refused_as_by_pytorch(features):
+    layer, x = module(13, 10).float().linear, gaussian(2, 5, 13, seed=0).float()
+    layer.backend = "triton"
+    with pytest.raises(RuntimeError):
+        layer(x, None, Norm(torch.ones(features, device=DEVICE), None, 1e-5, False))
 
 
 @pytest.mark.parametrize(
