@@ -33,14 +33,14 @@ def build(cfg: DictConfig, *, fresh: bool = True) -> tuple[Task, Any]:
             "set a task, data and a model that go together, as those of configs/experiment/ do"
         )
     model = build_model(cfg, data, fresh=fresh)
-    optimizer = instantiate(cfg.optimizer)
-    optimizer(model)  # wrong settings show now, not in the middle of a run
+    optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.scheduler)
+    scheduler(optimizer(model), epochs=1, steps_per_epoch=1)  # wrong settings show now, not in the middle of a run
     task = kind.configured(
         cfg,
         model,
         data,
         optimizer=optimizer,
-        scheduler=instantiate(cfg.scheduler),
+        scheduler=scheduler,
         compile_mode=cfg.compile,
         config=cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
     )
