@@ -183,11 +183,12 @@ def hidden_gradient(
     activation: str,
     tiling: Tiling,
     width: int,
+    halves: bool,
 ) -> tuple[Coded, Coded | None, Tensor]:
     """The gradient (r', P, M) of what `hidden` gave → in one pass over memory those of `first`, `up` and `encoder`.
 
     Those of the channels are written to `dchannels`, laid out as the channels are, and what `hidden` gave is written
-    over `gradient`.
+    over `gradient`. Where both are `halves` of one layer, the gradient of its decoder is with `first`.
     """
     block = 64 if up is None else 32  # for the registers of twice as much
     grid = divide_for_sums(tiling, gradient.dtype, _highest_rank(first, up, encoder), block)
@@ -215,6 +216,8 @@ def hidden_gradient(
                 *first, *(up or (None,) * 3), encoder, gradient, *dfirst, *(dup or (None,) * 3), dencoder,
                 *tiling.sizes(), width, **_constants(first, up, encoder, activation, tiling, grid),
             )  # fmt: skip
+    if dup is not None and halves:
+        dfirst = dfirst._replace(decoder=torch.cat([dfirst.decoder, dup.decoder]))
     return added(dfirst), None if dup is None else added(dup), total(dencoder)
 
 
