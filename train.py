@@ -63,9 +63,8 @@ def train(cfg: DictConfig, folder: Path) -> None:
     quiet()
     if not (isinstance(cfg.seed, int) and 0 <= cfg.seed < 2**32):
         raise SettingError(f"seed={cfg.seed} must be a whole number from 0 to 2³² − 1")
-    for name in ("trainer.max_epochs", "num_threads"):
-        value = OmegaConf.select(cfg, name)
-        if not (isinstance(value, int) and value > 0) and (value is not None or name != "num_threads"):
+    for name, value in {"trainer.max_epochs": cfg.trainer.max_epochs, "num_threads": cfg.num_threads or 1}.items():
+        if not (isinstance(value, int) and value > 0):
             raise SettingError(f"{name}={value} must be a whole number, 1 or more")
     if cfg.trainer.limit_val_batches == 0:
         raise SettingError("trainer.limit_val_batches=0 leaves nothing to report; use 1 or more")

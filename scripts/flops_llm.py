@@ -4,8 +4,7 @@
     python scripts/flops_llm.py --models llama_small --length 512 --ranks 16 20 24 --out .
 
 Attention products are counted in full, masked or not; 2:4 as sparse kernels compute it; merged, one layer stands where
-several read the same x, which STL encodes once. Nothing is computed, and no
-weights are held.
+several read the same x, which STL encodes once. Nothing is computed, and no weights are held.
 """
 
 import argparse

@@ -188,7 +188,8 @@ def hidden_gradient(
     """The gradient (r', P, M) of what `hidden` gave → in one pass over memory those of `first`, `up` and `encoder`.
 
     Those of the channels are written to `dchannels`, laid out as the channels are, and what `hidden` gave is written
-    over `gradient`. Where both are `halves` of one layer, the gradient of its decoder is with `first`.
+    over `gradient`. Where both are `halves` of one layer, `first` has the gradients of its decoder
+    and bias.
     """
     block = 64 if up is None else 32  # for the registers of twice as much
     grid = divide_for_sums(tiling, gradient.dtype, _highest_rank(first, up, encoder), block)
@@ -217,7 +218,9 @@ def hidden_gradient(
                 *tiling.sizes(), width, **_constants(first, up, encoder, activation, tiling, grid),
             )  # fmt: skip
     if dup is not None and halves:
-        dfirst = dfirst._replace(decoder=torch.cat([dfirst.decoder, dup.decoder]))
+        decoder = torch.cat([dfirst.decoder, dup.decoder])
+        bias = None if dfirst.bias is None or dup.bias is None else torch.cat([dfirst.bias, dup.bias], 1)
+        dfirst, dup = Coded(dfirst.channels, decoder, bias), None
     return added(dfirst), None if dup is None else added(dup), total(dencoder)
 
 

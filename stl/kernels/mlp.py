@@ -119,10 +119,7 @@ def _hidden_gemm_backward(
     dfirst, dup, dencoder = hidden_gradient(
         *before, encoder.contiguous(), inner, parts, activation, tiling, channels.shape[2], up is None
     )
-    if dup is not None and up is None:
-        dbias = None if dfirst.bias is None or dup.bias is None else torch.cat([dfirst.bias, dup.bias])
-        dfirst, dup = Coded(dchannels, dfirst.decoder, dbias), None
-    gradients = (*dfirst, *(dup or (None,) * 3), dencoder)
+    gradients = (dchannels, *dfirst[1:], *(dup or (None,) * 3), dencoder)
     given = (channels.new_empty(0) if one is None else one for one in gradients)
     return *given, weight_gradient(inner, gradient)  # type: ignore[return-value]
 

@@ -6,12 +6,7 @@ from llamas import WAYS, ids, llama
 
 pytest.importorskip("transformers")
 
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    torch.compiler.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def compiled(model, **inputs) -> tuple[torch.Tensor, list[dict]]:

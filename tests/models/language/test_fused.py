@@ -14,12 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from models.language.fused import FusedLayer, fuse_llama
 
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    torch.compiler.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def fused(way: str, backend: str = "triton"):

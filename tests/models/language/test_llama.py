@@ -11,13 +11,9 @@ from stl import STLMLP, SettingError, convert, count_flops, fuse_blocks, fuse_ml
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 LENGTHS = range(1, 14)  # to 3t + 1
-
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("way", WAYS)

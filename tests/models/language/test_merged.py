@@ -12,12 +12,7 @@ from stl import STLMLP, SettingError, count_flops, fuse_mlps
 
 pytest.importorskip("transformers")
 
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    torch.compiler.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.mark.parametrize("bias", [True, False])
