@@ -140,13 +140,14 @@ class Bench:
         """2:4, compressed and held against the masked block; what the kernels refuse, as refused."""
         reference = self.build(nn.Linear)
         prune(reference)
+        compressed, refused = copy.deepcopy(reference), None
+        try:
+            compress_for(compressed, self.dtype, self.run(compressed))
+        except REFUSALS as error:
+            refused = reason(error)
         for compiled in (False, True)[: 2 if self.device == "cuda" else 1]:
-            compressed = copy.deepcopy(reference)
-            try:
-                compress_for(compressed, self.dtype, self.run(compressed), compiled)
-                yield tried(self.method(SPARSE, compressed, reference, {}, compiled))
-            except REFUSALS as error:
-                yield replace(self.method(SPARSE, reference, reference, {}, compiled), refused=reason(error))
+            method = self.method(SPARSE, compressed, reference, {}, compiled)
+            yield tried(method) if refused is None else replace(method, refused=refused)
 
     def build(self, linear: Linear) -> nn.Module:
         torch.manual_seed(0)
@@ -165,7 +166,7 @@ class Bench:
         def wanted() -> tuple[Tensor, ...]:
             return self.run(copy.deepcopy(reference).to(self.wide))()
 
-        function = torch.compile(module, dynamic=False) if compiled else None  # no copy: compressed weights have none
+        function = torch.compile(module, dynamic=False) if compiled else None
         name = f"{name}, compiled" if compiled else name
         return Method(name, self.run(module, function), wanted, *self.work(reference), facts)
 

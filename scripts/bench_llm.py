@@ -86,13 +86,13 @@ def variants(
         yield "dense", compiled, dense, dense, {"linear": "dense"}
     if arguments.device == "cuda" and dtype in DTYPES:
         pruned = make(Sparse24Linear)
+        sparse = copy.deepcopy(pruned)
+        facts: dict[str, Any] = {"linear": "sparse24"}
+        try:
+            compress_for(sparse, dtype, partial(run, sparse))
+        except REFUSALS as error:
+            facts["refused"] = reason(error)
         for compiled in ways:
-            sparse = copy.deepcopy(pruned)
-            facts: dict[str, Any] = {"linear": "sparse24"}
-            try:
-                compress_for(sparse, dtype, partial(run, sparse), compiled)
-            except REFUSALS as error:
-                facts["refused"] = reason(error)
             yield SPARSE, compiled, sparse, pruned, facts
     for way in arguments.ways:
         for rank in arguments.ranks:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,30 +101,20 @@ def prune(model: nn.Module, wanted: Callable[[nn.Linear], bool] = lambda layer: 
             model.set_submodule(name, sparse)
 
 
-def compress_for(model: nn.Module, dtype: torch.dtype, run: Callable[[], object], compiled: bool = False) -> None:
+def compress_for(model: nn.Module, dtype: torch.dtype, run: Callable[[], object]) -> None:
     """Compress the 2:4 layers of the model in place, in 16 bits, each with the algorithm that cuSPARSELt's search finds
-    for what `run`, a pass through the model, gives it. Raises one of REFUSALS where that cannot be.
-
-    Rows come out one behind the other, as a dense layer gives them, unless the model will be `compiled`: PyTorch 2.11
-    then reads them wrongly now and then, and transposes by itself what comes out else.
-    """
+    for what `run`, a pass through the model, gives it. Raises one of REFUSALS where that cannot be."""
     for module in model.modules():
         if isinstance(module, Sparse24Linear):
             module.to(dtype)
-    search = partial(_search, in_rows=not compiled)
-    handles = [model.get_submodule(name).register_forward_pre_hook(search) for name in compress(model)]
+    handles = [model.get_submodule(name).register_forward_pre_hook(_search) for name in compress(model)]
     run()
     for handle in handles:
         handle.remove()
 
 
-def _search(layer: SemiStructuredLinear, args: tuple[Tensor, ...], in_rows: bool) -> None:
-    weight = layer.weight
-    assert isinstance(weight, Compressed)
-    assert weight.packed is not None
-    weight.fuse_transpose_cusparselt = in_rows
-    x = weight._pad_dense_input(args[0].contiguous().flatten(0, -2).to(weight.dtype))
-    weight.alg_id_cusparselt = torch._cslt_sparse_mm_search(weight.packed, x.T, layer.bias, transpose_result=in_rows)
+def _search(layer: SemiStructuredLinear, args: tuple[Tensor, ...]) -> None:
+    layer.search(args[0])
 
 
 def tried(method: Method) -> Method:

@@ -159,7 +159,7 @@ def _checked_rates(case: Case, model: Any, how: How, device: torch.device) -> di
     if case.linear == SPARSE:
         rates["left_dense"] = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
         infer = partial(logits, model, images, torch.bfloat16)
-        compress_for(model, torch.bfloat16, infer, compiled=how.compile_mode is not None)
+        compress_for(model, torch.bfloat16, infer)
     elif case.devices == 1:
         rates |= errors("gradient_error", gradients, model, reference, images[:CHECKED])  # while it is not compiled
     compiled = parallel(model, case.strategy, how.compile_mode, device)

@@ -4,11 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from sparse_kernels import FOUND, emulate
 from torch import nn
 
-from models.semi_structured import compress
+from models.semi_structured import SemiStructuredLinear, compress
 from models.sparse24 import Sparse24Linear
-from stl import SettingError
+from stl import SettingError, count_flops
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
 
@@ -25,12 +26,54 @@ def test_without_a_gpu_it_is_one_line_and_nothing_changes():
     assert isinstance(made[0], Sparse24Linear)
 
 
+def compressed(x: torch.Tensor, *sizes: int) -> nn.Sequential:
+    """A model whose layers are compressed, and searched for this input."""
+    made = model(*sizes).to(x)
+    for name in compress(made):
+        layer = made.get_submodule(name)
+        assert isinstance(layer, SemiStructuredLinear)
+        layer.search(x.new_zeros(*x.shape[:-1], layer.in_features))
+    return made
+
+
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (3, 64), (8, 64), (5, 9, 64)])
+def test_layers_take_what_dense_ones_do(shape, monkeypatch):
+    emulate(monkeypatch)
+    x = torch.randn(shape)
+    made = compressed(x, 64, 128, 32)
+    assert made[0].algorithm == made[1].algorithm == FOUND
+    torch.testing.assert_close(made(x), model(64, 128, 32)(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = compressed(x.bfloat16(), 64, 128, 32)(x)
+    torch.testing.assert_close(halved.float(), made(x), atol=0.02, rtol=0.02)
+
+
+def test_compiled_it_is_one_graph(monkeypatch):
+    emulate(monkeypatch)
+    x = torch.randn(5, 9, 64)
+    made = compressed(x, 64, 128, 32)
+    torch.testing.assert_close(torch.compile(made, fullgraph=True, backend="aot_eager")(x), made(x))
+    torch.library.opcheck(
+        torch.ops.models.semi_structured_linear.default,
+        (torch.randn(8, 64), made[0].packed.data, made[0].bias.data, 128, FOUND),
+    )
+
+
+def test_it_is_counted_as_before(monkeypatch):
+    emulate(monkeypatch)
+    made, before = compressed(torch.randn(8, 64), 64, 128, 32), model(64, 128, 32)
+    assert count_flops(made, (9, 64)).linear == count_flops(before, (9, 64)).linear
+
+
 @needs_gpu
-def test_what_is_compressed_computes_the_same():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_compressed_computes_the_same(compiled):
     made, x = model(128, 256, 64).cuda().half(), torch.randn(5, 9, 128, device="cuda").half()
     wanted = made(x)
     assert compress(made) == ["0", "1"]
-    torch.testing.assert_close(made(x), wanted, atol=2e-2, rtol=2e-2)
+    with torch.no_grad():
+        y = (torch.compile(made, fullgraph=True) if compiled else made)(x)
+    torch.testing.assert_close(y, wanted, atol=2e-2, rtol=2e-2)
 
 
 @needs_gpu

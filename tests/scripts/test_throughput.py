@@ -71,9 +71,9 @@ def test_2_4_is_held_against_the_masked_model(monkeypatch):
     monkeypatch.setattr(throughput, "pruned", lambda make: make())  # dense, and compressed all the same
     right = throughput.compress_for
 
-    def pruned_late(model, dtype, run, compiled):
+    def pruned_late(model, dtype, run):
         throughput.prune(model, lambda layer: throughput.takes(layer, dtype))
-        right(model, dtype, run, compiled)
+        right(model, dtype, run)
 
     monkeypatch.setattr(throughput, "compress_for", pruned_late)
     rates = throughput._rates(SPARSE, made(SPARSE), QUICK, torch.device("cpu"))
