@@ -188,7 +188,7 @@ class T2TViT(nn.Module):
         x = self.tokens_to_token(x) + self.pos_embed[:, 1:]
         if self._order is not None:
             x = x[:, self._order]
-        class_tokens = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        class_tokens = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = self.pos_drop(torch.cat([x, class_tokens], 1))
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)

@@ -142,7 +142,7 @@ class Bench:
         prune(reference)
         compressed, refused = copy.deepcopy(reference), None
         try:
-            compress_for(compressed, self.dtype, self.run(compressed))
+            compress_for(compressed, self.dtype, self.run(compressed, self.dtype))
         except REFUSALS as error:
             refused = reason(error)
         for compiled in (False, True)[: 2 if self.device == "cuda" else 1]:
@@ -164,14 +164,16 @@ class Bench:
         self, name: str, module: nn.Module, reference: nn.Module, facts: dict[str, Any], compiled: bool
     ) -> Method:
         def wanted() -> tuple[Tensor, ...]:
-            return self.run(copy.deepcopy(reference).to(self.wide))()
+            return self.run(copy.deepcopy(reference).to(self.wide), self.wide)()
 
         function = torch.compile(module, dynamic=False) if compiled else None
         name = f"{name}, compiled" if compiled else name
-        return Method(name, self.run(module, function), wanted, *self.work(reference), facts)
+        return Method(name, self.run(module, self.dtype, function), wanted, *self.work(reference), facts)
 
-    def run(self, module: nn.Module, function: Callable[..., Tensor] | None = None) -> Callable[[], tuple[Tensor, ...]]:
-        """The pass through this module, in its dtype, or through `function`, which computes the module.
+    def run(
+        self, module: nn.Module, dtype: torch.dtype, function: Callable[..., Tensor] | None = None
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        """The pass through this module, which is in this dtype, or through `function`, which computes the module.
 
         The gradients of LayerNorm's own weights are not checked: they are sums over all rows, on a CPU in bf16, whose
         errors are not those of the layers before and behind it, and what these give it shows in the gradient of x.
@@ -179,7 +181,7 @@ class Bench:
         weights = {name: list(child.parameters()) for name, child in module.named_children()}
         unchecked = weights.pop("norm", [])
         layers = [weight for of_child in weights.values() for weight in of_child]
-        x = self.x.detach().to(layers[0].dtype).requires_grad_(self.training)
+        x = self.x.detach().to(dtype).requires_grad_(self.training)
         gradient = self.gradient.to(x) if self.training else None
         return one_pass(module if function is None else function, [x], [x, *layers], gradient, unchecked)
 

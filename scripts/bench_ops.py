@@ -23,6 +23,7 @@ from benchmarking import (
     add_options,
     backends_of,
     begin,
+    compress_for,
     describe,
     measure,
     one_pass,
@@ -31,9 +32,10 @@ from benchmarking import (
     relative_error,
     run_main,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.callbacks import write_json
+from models.sparse24 import Sparse24Linear
 from stl import Basis, get_basis, stl_linear
 from stl.functional import encode_weight
 
@@ -122,21 +124,18 @@ def methods(
 def sparse(x: Tensor, w: Tensor, bias: Tensor) -> Method:
     """2:4 sparsity by cuSPARSELt with the algorithm that its search finds for this shape; where it takes no such, as
     refused."""
-
-    def run() -> tuple[Tensor, ...]:
-        return (torch._cslt_sparse_mm(compressed, x.T, bias, alg_id=best, transpose_result=True),)
+    layer = Sparse24Linear(x.shape[1], len(w)).to(x)
+    layer.load_dense(w, bias)
+    pruned, computed = layer.pruned().detach(), nn.Sequential(layer)
+    run = one_pass(computed, [x], [], None)
 
     def wanted() -> tuple[Tensor, ...]:
         return (F.linear(x.float(), pruned.float(), bias.float()),)
 
-    macs, numbers = x.shape[0] * w.numel() // 2, x.numel() + x.shape[0] * len(w) + w.numel()
+    macs, numbers = x.shape[0] * w.numel() // 2, x.numel() + x.shape[0] * len(w) + w.numel() // 2
     method = Method("2:4, cuSPARSELt", run, wanted, macs, numbers)
     try:
-        groups = w.view(-1, 4)
-        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.abs().topk(2, 1).indices, True)
-        pruned = (groups * kept).view_as(w)
-        compressed = torch._cslt_compress(pruned)
-        best = torch._cslt_sparse_mm_search(compressed, x.T, bias, transpose_result=True)
+        compress_for(computed, x.dtype, run)
     except REFUSALS as error:
         return replace(method, refused=reason(error))
     return method

@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 Row = dict[str, Any]
 WHAT = {"mlp": "MLP", "attention": "attention block"}
 HAVE_WIDTHS = ("bench_ops.py", "bench_blocks.py")
+USUAL_TILE = 4  # of which titles say nothing
 SPARSE = "2:4"  # whole models have it in inference only
 
 
@@ -69,6 +70,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[Group]]:
 def _groups(result: dict[str, Any]) -> Iterator[Group]:
     """Of layers, blocks or language models: one for each kind and pass."""
     tables: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
+    tile = max((row["tile"] for row in result["rows"] if "tile" in row), default=USUAL_TILE)  # one for all of a file
+    of_tile = "" if tile == USUAL_TILE else f", t = {tile}"
     for row in result["rows"]:
         if "block" in row:
             inner = "hidden" if "hidden" in row else "heads"
@@ -78,7 +81,7 @@ def _groups(result: dict[str, Any]) -> Iterator[Group]:
             key = (f"{row['phase']}: model, sequences × tokens", "bench_llm.py")
             shape = f"{row['model']}, {row['batch']} × {row['tokens'] // row['batch']}"
         else:
-            key = (f"linear layer, {result['pass']}: n, k, m", "bench_ops.py")
+            key = (f"linear layer, {result['pass']}{of_tile}: n, k, m", "bench_ops.py")
             shape = ", ".join(str(row[name]) for name in ("n", "k", "m"))
         tables.setdefault(key, {})[shape, row["method"]] = row
     for (title, program), rows in tables.items():

@@ -108,9 +108,11 @@ def compress_for(model: nn.Module, dtype: torch.dtype, run: Callable[[], object]
         if isinstance(module, Sparse24Linear):
             module.to(dtype)
     handles = [model.get_submodule(name).register_forward_pre_hook(_search) for name in compress(model)]
-    run()
-    for handle in handles:
-        handle.remove()
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _search(layer: SemiStructuredLinear, args: tuple[Tensor, ...]) -> None:

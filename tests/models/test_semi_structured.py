@@ -6,6 +6,7 @@ import pytest
 import torch
 from sparse_kernels import FOUND, emulate
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.semi_structured import SemiStructuredLinear, compress
 from models.sparse24 import Sparse24Linear
@@ -48,21 +49,57 @@ def test_layers_take_what_dense_ones_do(shape, monkeypatch):
     torch.testing.assert_close(halved.float(), made(x), atol=0.02, rtol=0.02)
 
 
-def test_compiled_it_is_one_graph(monkeypatch):
+def test_compiled_and_exported_it_is_one_graph_for_every_batch(monkeypatch):
     emulate(monkeypatch)
     x = torch.randn(5, 9, 64)
     made = compressed(x, 64, 128, 32)
     torch.testing.assert_close(torch.compile(made, fullgraph=True, backend="aot_eager")(x), made(x))
+    exported = torch.export.export(made, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    torch.testing.assert_close(exported(x[:3]), made(x[:3]))
     torch.library.opcheck(
         torch.ops.models.semi_structured_linear.default,
-        (torch.randn(8, 64), made[0].packed.data, made[0].bias.data, 128, FOUND),
+        (torch.randn(9, 64), made[0].packed, made[0].bias.data, 128, list(FOUND)),
     )
+
+
+def test_what_it_does_not_take_is_one_line(monkeypatch):
+    emulate(monkeypatch)
+    made = compressed(torch.randn(8, 64).bfloat16(), 64, 128)[0]
+    with pytest.raises(SettingError, match=r"^the compressed weight is in torch.bfloat16; x or bias in torch.float32 "):
+        made(torch.randn(8, 64))
+    with pytest.raises(SettingError, match=r"^x has shape \(0, 48\), but in_features=64 must be the last size$"):
+        made(torch.randn(0, 48).bfloat16())
+    with pytest.raises(SettingError, match=r"^the model is a 2:4 layer itself"):
+        compress(Sparse24Linear(64, 128))
+
+
+def test_casts_leave_the_weight_alone(monkeypatch):
+    emulate(monkeypatch)
+    x = torch.randn(8, 64).bfloat16()
+    made = compressed(x, 64, 128)
+    wanted = made(x)
+    with pytest.raises(SettingError, match=r"x or bias in torch\.float16 must be"):
+        made.half()(x)
+    torch.testing.assert_close(made.float().bfloat16()(x), wanted)
+
+
+def test_a_layer_under_two_names_stays_one(monkeypatch):
+    emulate(monkeypatch)
+    layer = Sparse24Linear(64, 64)
+    made = nn.Sequential(layer, nn.Sequential(layer))
+    assert compress(made) == ["0", "1.0"]
+    assert made[0] is made[1][0]
+    assert isinstance(made[0], SemiStructuredLinear)
 
 
 def test_it_is_counted_as_before(monkeypatch):
     emulate(monkeypatch)
     made, before = compressed(torch.randn(8, 64), 64, 128, 32), model(64, 128, 32)
-    assert count_flops(made, (9, 64)).linear == count_flops(before, (9, 64)).linear
+    macs = count_flops(made, (9, 64)).linear
+    assert macs == count_flops(before, (9, 64)).linear
+    with FlopCounterMode(display=False) as counter:
+        made(torch.randn(9, 64))
+    assert counter.get_total_flops() == 2 * macs
 
 
 @needs_gpu

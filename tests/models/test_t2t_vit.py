@@ -285,6 +285,14 @@ def test_the_whole_model_compiles_without_graph_breaks(linear, training):
     torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("linear", [nn.Linear, STL[4]], ids=["dense", "stl"])
+def test_what_is_exported_takes_any_batch(linear):
+    model = create(linear=linear, num_classes=10, depth=1, img_size=32).eval()
+    images = torch.randn(3, 3, 32, 32)
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    torch.testing.assert_close(exported(images[:2]), model(images[:2]), atol=1e-5, rtol=1e-5)
+
+
 def test_recomputed_activations_give_the_same_gradients():
     torch.manual_seed(0)
     model = create(linear=STL[4], num_classes=10, t2t_drop_rate=0.0)

@@ -110,7 +110,7 @@ def test_the_residual_does_not_hide_wrong_attention(name, which):
     for module, change in ((right, 0.0), (wrong, 0.1)):
         weight = module.attn.get_parameter(name)
         weight.data += change * (1 if name.endswith("bias") else weight.data)
-    error = benchmarking.relative_error(bench.run(wrong)(), bench.run(right)())
+    error = benchmarking.relative_error(bench.run(wrong, bench.dtype)(), bench.run(right, bench.dtype)())
     assert error > benchmarking.TOLERANCE[torch.bfloat16]
 
 
@@ -140,7 +140,9 @@ def test_a_compiled_block_gives_the_same(block, which):
     bench = Bench(block, which, "cpu", torch.float32)
     module = bench.build(torch.nn.Linear)
     compiled = torch.compile(module, backend="eager")
-    for got, wanted in zip(bench.run(module, compiled)(), bench.run(module)(), strict=True):
+    for got, wanted in zip(
+        bench.run(module, torch.float32, compiled)(), bench.run(module, torch.float32)(), strict=True
+    ):
         torch.testing.assert_close(got, wanted)
 
 
@@ -152,7 +154,7 @@ def test_sparse_kernels_that_are_wrong_have_no_time(what, kernels, monkeypatch):
     def wrong(model, *how):
         right(model, *how)
         last = model[0].fc2
-        (last.packed if what == "weight" else last.bias).mul_(1.1)
+        (last.packed.view(last.dtype) if what == "weight" else last.bias).mul_(1.1)
 
     monkeypatch.setattr(bench_blocks, "compress_for", wrong)
     dense, sparse, _ = rows(WIDE[0], "inference")

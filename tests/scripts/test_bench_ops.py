@@ -9,6 +9,7 @@ import benchmarking
 import pytest
 import torch
 from bench_ops import Shape
+from sparse_kernels import emulate
 
 TOP = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
 
@@ -91,10 +92,19 @@ def test_a_rank_without_a_basis_ends_it_before_anything_is_measured(monkeypatch)
         benchmarking.run_main(bench_ops.main)
 
 
-@pytest.mark.parametrize("k", [10, 16])  # 2:4 wants whole groups of four, and a CPU has no such kernels at all
-def test_what_the_sparse_kernels_do_not_take_is_refused(k):
-    inputs = bench_ops.operands(Shape(8, k, 8), "cpu", torch.bfloat16)
+def test_the_sparse_kernels_are_held_against_the_pruned_weight(monkeypatch):
+    emulate(monkeypatch)
+    x, w, bias = bench_ops.operands(Shape(9, 32, 16), "cpu", torch.bfloat16)
+    method = bench_ops.sparse(x, w, bias)
+    assert (method.macs, method.numbers) == (9 * 32 * 16 // 2, 9 * (32 + 16) + 32 * 16 // 2)
+    (row,) = bench_ops.measure({}, [method], TOP)
+    assert 0 < row["error"] < 0.01
+    assert benchmarking.relative_error(method.run(), [x.float() @ w.float().T + bias]) > 0.1
+
+
+def test_what_the_sparse_kernels_do_not_take_is_refused():
+    inputs = bench_ops.operands(Shape(8, 16, 8), "cpu", torch.bfloat16)
     (row,) = bench_ops.measure({}, [bench_ops.sparse(*inputs)], TOP)
     assert row["method"] == "2:4, cuSPARSELt"
-    assert "Error: " in row["refused"]
+    assert row["refused"].startswith("layer '0' is on cpu: kernels for 2:4 sparsity need a GPU")
     assert "seconds" not in row

@@ -94,6 +94,12 @@ def test_layers(monkeypatch, tmp_path, capsys):
     )
 
 
+def test_layers_of_other_tiles_say_so(monkeypatch, tmp_path, capsys):
+    rows = [row | {"tile": 8} if row["method"].startswith("stl") else row for row in OPS["rows"]]
+    table = run(monkeypatch, tmp_path, capsys, OPS | {"rows": rows})
+    assert table.startswith("| linear layer, forward, t = 8: n, k, m | dense |")
+
+
 def test_blocks_are_compared_with_the_compiled_block_and_memory_with_the_dense_one(monkeypatch, tmp_path, capsys):
     inference, training, memory, _ = run(monkeypatch, tmp_path, capsys, BLOCKS).strip().split("\n\n")
     for table, which in ((inference, "inference"), (training, "training")):

@@ -300,22 +300,21 @@ def test_without_a_gpu_or_triton_auto_says_nothing_and_triton_says_why(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("tile", "dtype", "rank", "work", "training", "faster"),
+    ("dtype", "rank", "work", "training", "faster"),
     [
-        (4, torch.bfloat16, 16, None, True, True),  # compiled or recorded
-        (4, torch.float16, 64, None, False, True),
-        (2, torch.bfloat16, 7, None, True, True),
-        (8, torch.bfloat16, 64, None, True, False),
-        (4, torch.float32, 32, None, True, True),
-        (4, torch.float32, 33, None, False, False),
-        (4, torch.bfloat16, 16, 2**24, False, True),  # called one by one
-        (4, torch.bfloat16, 16, 2**24, True, False),
-        (4, torch.bfloat16, 16, 2**24 - 1, False, False),
-        (4, torch.bfloat16, 16, 2**26, True, True),
+        (torch.bfloat16, 16, None, True, True),  # compiled or recorded
+        (torch.float16, 64, None, False, True),
+        (torch.bfloat16, 7, None, True, True),
+        (torch.float32, 32, None, True, True),
+        (torch.float32, 33, None, False, False),
+        (torch.bfloat16, 16, 2**24, False, True),  # called one by one
+        (torch.bfloat16, 16, 2**24, True, False),
+        (torch.bfloat16, 16, 2**24 - 1, False, False),
+        (torch.bfloat16, 16, 2**26, True, True),
     ],
 )
-def test_the_rule_of_auto(tile, dtype, rank, work, training, faster):
-    assert kernels.is_faster(tile, dtype, rank, work, training) == faster
+def test_the_rule_of_auto(dtype, rank, work, training, faster):
+    assert kernels.is_faster(dtype, rank, work, training) == faster
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
