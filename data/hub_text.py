@@ -70,13 +70,20 @@ class HubDocuments:
                 stream = self._open()
                 if place:
                     stream.load_state_dict(place[0])
-                for number, entry in enumerate(stream, place[1] if place else 0):
-                    if number < done:  # between that state and the break
+                seen = place[1] if place else 0
+                for entry in stream:
+                    seen += 1
+                    if seen <= done:  # between that state and the break
                         continue
                     done, failures = done + 1, 0
                     if done % REMEMBERED == 0:
                         place = stream.state_dict(), done
                     yield self._text(entry)
+                if seen < done:
+                    raise SettingError(
+                        f"{self.setting} ended after {seen} documents when it was opened again, {done} had been read; "
+                        "it has changed meanwhile: pin data.revision, and start again"
+                    )
                 return
             except SettingError:
                 raise

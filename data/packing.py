@@ -71,6 +71,7 @@ def pack(
             if val is None:
                 _fill(train, tokenizer, training, lambda key: validation if is_held_out(key, val_share) else training)
             else:
+                next(iter(val), None)  # what cannot be read at all is named before the training text is tokenised
                 _fill(train, tokenizer, training, lambda key: training)
                 known = set(training.keys) if drop_duplicates else set()
                 _fill(val, tokenizer, validation, lambda key: None if key in known else validation)

@@ -59,6 +59,12 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Any], Path]:
     raise SettingError(f"checkpoint {str(path)!r} is damaged and no readable one is beside it; train again")
 
 
+def check_there(setting: str, source: str | None) -> None:
+    """Raises SettingError where a setting names a file of weights that does not exist; a folder may be a hub's name."""
+    if source is not None and Path(source).suffix in (".ckpt", ".bin") and not Path(source).is_file():
+        raise SettingError(f"{setting}={source!r} does not exist; give the path of a .ckpt or .bin file")
+
+
 def check_vocabulary(checkpoint: dict[str, Any], path: Path, ours: str | None) -> None:
     """Raises SettingError, with both sides, where token ids mean other text than to the checkpoint.
 

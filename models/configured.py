@@ -1,5 +1,6 @@
 """What a configuration describes: its data, its model, its task; and the same with the weights of a checkpoint."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -7,7 +8,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from models.checkpoint import KEPT, check_vocabulary, load_weights
+from models.checkpoint import KEPT, check_there, check_vocabulary, load_weights
 from models.ema import averaged_weights
 from models.task import Task
 from stl import SettingError
@@ -16,7 +17,18 @@ from stl import SettingError
 def build_model(cfg: DictConfig, data: Any, *, fresh: bool = True) -> nn.Module:
     """The model, for the data module that was made from the same configuration; `fresh` as in `build`."""
     start = {"restored": not fresh} if "weights" in cfg.model else {}
-    return instantiate(cfg.model, linear=instantiate(cfg.linear), **data.for_model, **start)
+    return instantiate(cfg.model, linear=_linear(cfg), **data.for_model, **start)
+
+
+def _linear(cfg: DictConfig) -> Any:
+    """What makes a linear layer. Raises SettingError for a setting that this kind has not."""
+    made = instantiate(cfg.linear)
+    if unknown := set(made.keywords) - set(signature(made.func).parameters):
+        name = min(unknown)
+        raise SettingError(
+            f"linear.{name}={made.keywords[name]} is no setting of {made.func.__name__}; remove it with ~linear.{name}"
+        )
+    return made
 
 
 def build(cfg: DictConfig, *, fresh: bool = True) -> tuple[Task, Any]:
@@ -26,6 +38,9 @@ def build(cfg: DictConfig, *, fresh: bool = True) -> tuple[Task, Any]:
     Raises SettingError where a setting is wrong, or task and data do not go together.
     """
     kind = cast(type[Task], get_class(cfg.get("task", "models.classification.ClassificationTask")))
+    if fresh:
+        for setting in ("model.weights", "distillation.teacher"):  # data may take long to be made
+            check_there(setting, OmegaConf.select(cfg, setting))
     data = instantiate(cfg.data, seed=cfg.seed)
     if data.unit != kind.takes:
         raise SettingError(

@@ -284,6 +284,14 @@ class STLLinear(nn.Module):
         text = f"{sizes} tile={self.tile} rank={self.rank} basis={self.basis} row_axis={self.row_axis}"
         return torch.tensor(list(text.encode().ljust(SPEC_BYTES)), dtype=torch.uint8)
 
+    def check_spec(self, name: str) -> None:
+        """For loaders that put tensors in their places, as transformers' do; `load_state_dict` sees to it itself.
+
+        Raises SettingError, with both sides, where what was loaded is of another tile, rank, basis or row axis.
+        """
+        if not torch.equal(self.spec.cpu(), own := self._encode_spec()):
+            raise SettingError(f"{name}: the checkpoint has {_decode_spec(self.spec)}, the model {_decode_spec(own)}")
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:

@@ -1,25 +1,31 @@
-"""Attention that stays on flash kernels under torch.compile.
+"""The masks of attention: none where it then stays on flash kernels under torch.compile, and none without a key.
 
 Where no token is padding, no other sequence precedes it and the cache is empty, scaled_dot_product_attention's
 `is_causal` says all that the mask of a causal model does, and without a mask PyTorch takes a flash kernel. In such a
 pass transformers leaves the mask out, but not in a compiled one: without a cache it would have to look at the position
 of every token, and with PyTorch before 2.14 it takes compiling for exporting. The mask is then built, and slower
 kernels run, on keys and values repeated for every head.
+
+A row of padding before the first token may see no token at all, and eager attention then makes it the mean of all of
+them, later ones among them. In a dense model nobody looks at it; in a tile that holds tokens as well they would see it.
+Such a row sees itself here.
 """
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import DynamicCache, LlamaModel
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # what a module is called with
 
 
-def leave_out_masks(model: LlamaModel) -> None:
-    """Hooks, by which its layers are given no mask where `is_causal` is all of it; a compiled pass then builds none."""
+def adapt_masks(model: LlamaModel) -> None:
+    """Hooks, by which its layers are given no mask where `is_causal` is all of it; a compiled pass then builds none.
+    Else a mask in which every row sees something."""
     model.register_forward_pre_hook(_say_whether_plain, with_kwargs=True)
     for layer in model.layers:
-        layer.register_forward_pre_hook(_leave_out_mask, with_kwargs=True)
+        layer.register_forward_pre_hook(_adapt_mask, with_kwargs=True)
 
 
 def _say_whether_plain(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Given:
@@ -27,10 +33,26 @@ def _say_whether_plain(model: nn.Module, given: tuple[Any, ...], named: dict[str
     cache = named.get("past_key_values")
     empty = cache is None or (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0)
     masked = named.get("attention_mask") is not None or named.get("position_ids") is not None
-    return given, named | {"plain": empty and not masked and len(given) < 2}
+    return given, named | {"plain": empty and not masked and len(given) < 2, "opened": []}
 
 
-def _leave_out_mask(layer: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Given:
-    if named.pop("plain", False) and layer.self_attn.config._attn_implementation == "sdpa":
+def _adapt_mask(layer: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Given:
+    plain, opened = named.pop("plain", False), named.pop("opened", None)
+    mask = named.get("attention_mask")
+    if plain and layer.self_attn.config._attn_implementation == "sdpa":
         named["attention_mask"] = None
+    elif opened is not None and isinstance(mask, Tensor) and mask.ndim == 4:
+        if not opened:  # by the first layer, for all
+            opened.append(_open(mask))
+        named["attention_mask"] = opened[0]
     return given, named
+
+
+def _open(mask: Tensor) -> Tensor:
+    """A mask (B, heads or 1, n, keys), bool or added to scores, whose rows that see nothing see themselves."""
+    n, keys = mask.shape[-2:]
+    themselves = torch.ones(n, keys, dtype=torch.bool, device=mask.device).tril(keys - n).triu(keys - n)
+    if mask.dtype == torch.bool:
+        return mask | (themselves & ~mask.any(-1, keepdim=True))
+    closed = (mask <= torch.finfo(mask.dtype).min).all(-1, keepdim=True)
+    return mask.masked_fill(themselves & closed, 0.0)

@@ -73,6 +73,11 @@ def build_llama(
         raise SettingError(
             f"data.length={length} is above model.max_position_embeddings={config.max_position_embeddings}"
         )
+    for setting, switch in {"merged": config.merged, "calibrate_basis": calibrate_basis}.items():
+        if not isinstance(switch, bool):
+            raise SettingError(f"model.{setting}={switch!r} must be true or false")
+    if not (isinstance(calibration, int) and calibration >= 0):
+        raise SettingError(f"model.calibration={calibration!r} must be a whole number of sequences, 0 or more")
     if restored:
         weights, calibration, calibrate_basis = None, 0, False
     keywords = dict(linear.keywords) if isinstance(linear, partial) else {}
@@ -82,6 +87,8 @@ def build_llama(
             raise SettingError(f"model.{setting}={value} needs trained weights; set model.weights as well")
         if value and kind is nn.Linear:
             raise SettingError(f"model.{setting}={value} fits nothing where all layers are dense; leave it out")
+        if value and kind is Sparse24Linear and keywords.get("pruning") != "wanda":
+            raise SettingError(f"model.{setting}={value} fits nothing with linear.pruning=magnitude; set it to 0")
     check_groups(linear_groups, config.tie_word_embeddings)
     model = STLLlamaForCausalLM(config) if weights is None else read_weights(weights, config, vocabulary)
     batches = list(sample(calibration).split(8)) if calibration else None

@@ -44,7 +44,8 @@ class Distillation:
         dense = copy.deepcopy(student)
         dense.stl = None
         # Not a child of the task: it is in no checkpoint, and no optimizer sees it.
-        self._teacher: nn.Module = read_weights(teacher, dense, vocabulary).requires_grad_(False).eval()
+        self._teacher: nn.Module = read_weights(teacher, dense, vocabulary, "distillation.teacher")
+        self._teacher.requires_grad_(False).eval()
 
     def __call__(self, loss: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
         """The loss to learn from, for the loss of the text, the student's logits (B, n, vocabulary) and ids (B, n)."""

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from models.language.attention import leave_out_masks
+from models.language.attention import adapt_masks
 from models.language.cache import streaming
 from models.language.groups import REPLACED, check_groups, patterns
 from models.language.merged import merge_projections, split_projections
@@ -45,11 +45,20 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: STLLlamaConfig) -> None:
         super().__init__(config)
-        leave_out_masks(self.model)
+        adapt_masks(self.model)
         if config.merged:
             merge_projections(self)
         if config.stl is not None:
             self._swap(**config.stl)
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **named: Any) -> Any:
+        """As that of `LlamaForCausalLM`. Raises SettingError where config.json has other STL layers than were saved."""
+        loaded = super().from_pretrained(*arguments, **named)
+        for name, layer in (loaded[0] if isinstance(loaded, tuple) else loaded).named_modules():
+            if isinstance(layer, STLLinear):
+                layer.check_spec(name)
+        return loaded
 
     def merge(self) -> None:
         """Make one layer of those that read the same x, in place, where that is not done yet.

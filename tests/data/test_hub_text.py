@@ -80,6 +80,14 @@ def test_a_stream_that_does_not_go_on_is_named(hub):
     assert hub.pauses == [1, 4, 16, 64]
 
 
+def test_a_stream_that_has_become_shorter_is_named(hub, monkeypatch):
+    hub.breaks[:] = [27]
+    monkeypatch.setattr(hub_text.time, "sleep", lambda seconds: hub.texts.__delitem__(slice(10, None)))
+    hub.texts = list(TEXTS)
+    with pytest.raises(SettingError, match=r"ended after 20 documents when it was opened again, 27 had been read; it"):
+        list(HubDocuments("a/text", "train"))
+
+
 @pytest.mark.parametrize("error", [FileNotFoundError("none of\nthat name"), ValueError("Bad split: test")])
 def test_what_the_hub_does_not_have_is_not_tried_again(hub, error):
     hub.errors.append(error)
@@ -104,7 +112,8 @@ def test_a_stream_is_read_as_far_as_the_budget_goes_and_packed_once(hub, tmp_pat
     HubText(**settings)
     assert len(hub.asked) == 1
     HubText(**settings, val_split="validation", drop_duplicates=False)
-    assert [options["split"] for _, options in hub.asked] == ["train", "train", "validation"]
+    splits = ["train", "validation", "train", "validation"]  # the held-out text is looked at before the other is read
+    assert [options["split"] for _, options in hub.asked] == splits
 
 
 def test_without_the_package(monkeypatch, tmp_path):

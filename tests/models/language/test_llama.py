@@ -1,6 +1,7 @@
 """LLaMA with STL layers: causal, the same in parts as at once, and the same from a folder as before."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -36,8 +37,10 @@ def test_no_logit_depends_on_a_later_token(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nor_where_sequences_are_padded_or_packed(way):
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_nor_where_sequences_are_padded_or_packed(way, implementation):
     model = llama(WAYS[way])
+    model.set_attn_implementation(implementation)
     for length in range(1, 14):
         x = ids(2, length)
         padded = torch.ones_like(x)
@@ -123,6 +126,20 @@ def test_a_folder_keeps_it(way, more, tmp_path):
         assert again.config.stl == {**WAYS[way], **more, "groups": ["mlp"]}
         assert_close(logits(again, x), logits(model, x))
     assert_causal(again, ids(2, 5))
+
+
+@pytest.mark.parametrize(("way", "changed"), [("tokens", "products"), ("batch", "causal")])
+def test_a_folder_whose_configuration_was_changed_is_refused(way, changed, tmp_path):
+    model = llama(WAYS[way])
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["stl"]["basis"] = changed
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = (
+        rf"layers.0.self_attn.q_proj: the checkpoint has .* basis={WAYS[way]['basis']} .*, the model .*={changed} "
+    )
+    with pytest.raises(SettingError, match=message):
+        type(model).from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
