@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): 50,000 training and 10,000 test images of 32×32."""
 
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -31,7 +32,7 @@ class CIFAR(ImageDataModule):
         **loading: the further arguments of `ImageDataModule`.
 
     Raises:
-        SettingError: another number of classes; when the data are opened: missing, damaged, or not downloadable.
+        SettingError: another number of classes; missing data; when they are opened: damaged, or not downloadable.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class CIFAR(ImageDataModule):
         self.root = root
         self.download = download
         self.augment = augment
+        if not download and not (Path(root) / _SOURCES[classes].base_folder).is_dir():
+            raise self._missing()
 
     def prepare_data(self) -> None:
         self._open(train=True)  # one process downloads, before the others look
@@ -73,10 +76,13 @@ class CIFAR(ImageDataModule):
                 raise SettingError(
                     f"data.download=true failed for data.root={self.root!r} ({reason}): {advice}"
                 ) from error
-            raise SettingError(
-                f"data.root={self.root!r} lacks an intact {source.base_folder}/: "
-                "set data.root to the folder that holds it, or data.download=true to fetch it"
-            ) from error
+            raise self._missing() from error
+
+    def _missing(self) -> SettingError:
+        return SettingError(
+            f"data.root={self.root!r} lacks an intact {_SOURCES[self.num_classes].base_folder}/: "
+            "set data.root to the folder that holds it, or data.download=true to fetch it"
+        )
 
     def _transform(self, train: bool) -> v2.Transform:
         steps: list[Any] = [v2.PILToTensor()]

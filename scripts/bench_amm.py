@@ -11,7 +11,6 @@ is that of Gaussian matrices in exact arithmetic. Beside --out, a JSON file, sta
 --render makes them again from that file without measuring.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -26,6 +25,7 @@ from amm_matrices import Kind, drawn, recorded
 from amm_report import markdown, plot
 from amm_rivals import Approximation, Weight
 from benchmarking import machine, relative_error, run_main
+from command_line import command_line
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -157,12 +157,12 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--size", type=int, default=1024, help="rows and columns of the drawn matrices")
     parser.add_argument("--seeds", type=int, default=3, help="pairs of matrices of each kind")
     parser.add_argument("--run", type=Path, help="folder of a training run with linear=dense")
     parser.add_argument("--layers", nargs="+", default=LAYERS, help="linear layers of that model")
-    parser.add_argument("--out", type=Path, default=Path("results/amm.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/amm.json"), help="JSON to write")
     parser.add_argument("--render", action="store_true", help="only the plot and the table of what --out holds")
     arguments = parser.parse_args()
     for option in ("size", "seeds"):

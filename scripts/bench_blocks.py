@@ -14,7 +14,6 @@ output and in training gradients, against the same block in higher precision by 
 file is rewritten after every pass of a block.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -41,6 +40,7 @@ from benchmarking import (
     tried,
     work,
 )
+from command_line import command_line
 from torch import Tensor, nn
 
 from models.callbacks import write_json
@@ -197,10 +197,18 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mlp", nargs="*", default=MLPS, metavar="SAMPLES,TOKENS,WIDTH,HIDDEN")
-    parser.add_argument("--attention", nargs="*", default=ATTENTIONS, metavar="SAMPLES,TOKENS,WIDTH,HEADS")
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
+    parser = command_line(__doc__)
+    parser.add_argument(
+        "--mlp", nargs="*", default=MLPS, metavar="SAMPLES,TOKENS,WIDTH,HIDDEN", help="MLPs; none where it stands alone"
+    )
+    parser.add_argument(
+        "--attention",
+        nargs="*",
+        default=ATTENTIONS,
+        metavar="SAMPLES,TOKENS,WIDTH,HEADS",
+        help="attention blocks; none where it stands alone",
+    )
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="what is measured")
     add_options(parser, [16], "results/blocks.json")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)

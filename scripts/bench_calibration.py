@@ -8,7 +8,6 @@ a process of its own, less the resident memory before it, which holds model, dat
 counts against it. Linux only.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from benchmarking import machine, parse_sizes, run_main
+from command_line import command_line
 from torch import Tensor, nn
 
 from models.callbacks import write_json
@@ -63,13 +63,13 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--sizes", default="4096,11008", help="features in, out")
     parser.add_argument("--rows", type=int, nargs="+", default=[4096, 16384], help="of input, in all")
-    parser.add_argument("--basis", default="als")
-    parser.add_argument("--tile", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=Path("results/calibration_memory.json"))
+    parser.add_argument("--basis", default="als", help="one of those in stl/bases/")
+    parser.add_argument("--tile", type=int, default=4, help="tile size")
+    parser.add_argument("--rank", type=int, default=32, help="tensor rank")
+    parser.add_argument("--out", type=Path, default=Path("results/calibration_memory.json"), help="JSON to write")
     arguments = parser.parse_args()
     settings = {"basis": arguments.basis, "tile": arguments.tile, "rank": arguments.rank}
     sizes = parse_sizes("--sizes", arguments.sizes, "in,out")

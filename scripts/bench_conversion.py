@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from benchmarking import check_device, machine, refuse_other, run_main
+from command_line import command_line
 from tables import origin, table
 from torch import Tensor, nn
 from trained import batches_of, dense_run
@@ -158,14 +159,14 @@ def begin(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a training run with linear=dense")
-    parser.add_argument("--tiles", type=int, nargs="+", default=[4])
-    parser.add_argument("--bases", nargs="+", default=["als", "products", "frame"])
+    parser.add_argument("--tiles", type=int, nargs="+", default=[4], help="tile sizes")
+    parser.add_argument("--bases", nargs="+", default=["als", "products", "frame"], help="some of those in stl/bases/")
     parser.add_argument("--ranks", type=int, nargs="+", help="those that a basis has; default: some for each tile")
     parser.add_argument("--images", type=int, default=512, help="training images for calibration")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("outputs/conversion.json"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs")
+    parser.add_argument("--out", type=Path, default=Path("outputs/conversion.json"), help="JSON to write")
     arguments = parser.parse_args()
     if arguments.images < 1:
         raise SettingError(f"--images {arguments.images} must be a positive number")

@@ -35,6 +35,7 @@ from benchmarking import (
     tried,
     weights,
 )
+from command_line import command_line
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from study import CONFIGS
@@ -155,11 +156,15 @@ def methods(arguments: argparse.Namespace, config: Any, phase: str, dtype: torch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--models", nargs="+", default=["llama_tinyllama"], help="of configs/model/")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--phases", nargs="+", choices=("prefill", "decode"), default=["prefill", "decode"])
-    parser.add_argument("--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of keeping tiles causal")
+    parser.add_argument(
+        "--phases", nargs="+", choices=("prefill", "decode"), default=["prefill", "decode"], help="what is measured"
+    )
+    parser.add_argument(
+        "--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS), help="of what reads the same x"
+    )
     parser.add_argument("--batch", type=int, default=8, help="sequences")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence in prefill")
     parser.add_argument("--steps", type=int, default=32, help="tokens of a sequence in decoding")

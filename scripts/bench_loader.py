@@ -9,7 +9,6 @@ were read before come from memory: it is the cores that are measured, not the di
 row. scripts/cost.py compares it with what models take.
 """
 
-import argparse
 import io
 import math
 import sys
@@ -27,6 +26,7 @@ import timm
 import torch
 import torchvision
 from benchmarking import machine
+from command_line import command_line
 from omegaconf import OmegaConf
 from PIL import Image, features
 from torch.utils.data import ConcatDataset
@@ -198,7 +198,7 @@ def describe_images(folder: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data-root", help="an image folder")
     parser.add_argument("--shards", help="folder or URL of WebDataset shards")
     parser.add_argument(
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", help="by default 1, 2, 4, 8 … and all cores")
     parser.add_argument("--seconds", type=float, default=15, help="of every measurement of the loader")
     parser.add_argument("--stage-images", type=int, default=200, help="images for the measurements on one core")
-    parser.add_argument("--out", type=Path, default=Path("results/loader.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/loader.json"), help="JSON to write")
     arguments = parser.parse_args()
     if not (arguments.data_root or arguments.shards):
         sys.exit("error: there is nothing to load; give --data-root an image folder, or --shards a folder or URL")

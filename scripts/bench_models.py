@@ -16,11 +16,11 @@ layer. It is held against the masked model in float32. Layers whose sizes the ke
 1000 classes, stay dense, and the row names them.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from benchmarking import SPARSE, backends_of, ceilings, check_device, machine, run_main
+from command_line import command_line
 from throughput import Case, How, measure_all
 
 from models.build import check_name
@@ -53,16 +53,20 @@ def check(models: list[str], ranks: list[int], backends: list[str], device: str)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, help="names that timm knows, ours among them")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16], help="of STL, t = 4")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="as a machine with the device has them")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--image-size", type=int, default=How.image_size)
+    parser.add_argument("--batch-size", type=int, default=256, help="images at once")
+    parser.add_argument("--image-size", type=int, default=How.image_size, help="side in pixels")
     parser.add_argument("--repeats", type=int, default=How.repeats, help="blocks of 10 steps")
-    parser.add_argument("--compile", choices=[*MODES, "none"], default=How.compile_mode)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("results/models.json"))
+    parser.add_argument(
+        "--compile", choices=[*MODES, "none"], default=How.compile_mode, help="as train.py's setting compile"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it is measured")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/models.json"), help="JSON to write, and to go on with"
+    )
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise SettingError(f"--batch-size {arguments.batch_size} must be 1 or more")

@@ -9,7 +9,6 @@ A shape n,k,m is a layer of k → m features on n rows. Every method is checked 
 in higher precision, with --backward all its gradients as well. The file is rewritten after every shape.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +31,7 @@ from benchmarking import (
     relative_error,
     run_main,
 )
+from command_line import command_line
 from torch import Tensor, nn
 
 from models.callbacks import write_json
@@ -147,9 +147,9 @@ def product_error(exact: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,K,M")
-    parser.add_argument("--tile", type=int, default=4)
+    parser = command_line(__doc__)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,K,M", help="rows, features in, features out")
+    parser.add_argument("--tile", type=int, default=4, help="tile size of STL")
     parser.add_argument("--backward", action="store_true", help="forward and backward pass, all gradients")
     add_options(parser, [16, 24, 32, 48, 49], "results/ops.json")
     arguments = parser.parse_args()

@@ -7,7 +7,6 @@ that differ only in how they learn are one model and measured once. The result, 
 `reproduce.py --build` puts into the table; what it has is not measured again.
 """
 
-import argparse
 import json
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking import check_device, machine, refuse_other, run_main
+from command_line import command_line
 from hydra import compose, initialize_config_dir
 from study import CONFIGS, SPEED, Row, chosen, model_settings, read_study
 from throughput import SAME, Case, How, describe, measure
@@ -44,14 +44,16 @@ def measure_row(row: Row, machine_words: list[str], how: How) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--table", required=True, help="one of configs/table/, or a file like those")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION/ROW", help="patterns of rows")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of this machine, such as data.root")
     parser.add_argument("--repeats", type=int, default=How.repeats, help="blocks of 10 steps")
-    parser.add_argument("--compile", choices=[*MODES, "none"], default=How.compile_mode)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument(
+        "--compile", choices=[*MODES, "none"], default=How.compile_mode, help="as train.py's setting compile"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it is measured")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the tables")
     arguments = parser.parse_args()
     study = read_study(arguments.table)
     asked = [row for section in chosen(study, arguments.only) for row in section.rows]

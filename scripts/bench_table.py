@@ -8,7 +8,6 @@ the same run measured; dense models have in brackets how many times as fast they
 the check against the reference and was not timed; "refused" was not computed, and its file says why.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from command_line import command_line
 from tables import origin, table
 
 matplotlib.use("Agg")
@@ -227,7 +227,7 @@ def plot(groups: list[Group], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("files", type=Path, nargs="+", help="what the benchmarks wrote")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     arguments = parser.parse_args()

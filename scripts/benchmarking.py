@@ -347,11 +347,13 @@ def cpu() -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, ranks: list[int], out: str) -> None:
-    parser.add_argument("--ranks", type=int, nargs="+", default=ranks)
+    parser.add_argument("--ranks", type=int, nargs="+", default=ranks, help="of STL")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="as a machine with the device has them")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it is measured")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of inputs and weights"
+    )
+    parser.add_argument("--out", type=Path, default=Path(out), help="JSON to write")
 
 
 def check_device(device: str) -> None:

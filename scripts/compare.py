@@ -4,7 +4,6 @@ python scripts/compare.py outputs/digits                 # every run below; writ
 python scripts/compare.py outputs/a outputs/b --out results/mine
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from command_line import command_line
 from metrics import Metric, metric_of
 
 matplotlib.use("Agg")
@@ -118,7 +118,7 @@ def plot(runs: list[dict[str, Any]], metric: Metric, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders with runs below them")
     parser.add_argument("--out", type=Path, help="where the files go; by default the first folder")
     arguments = parser.parse_args()

@@ -7,7 +7,6 @@ beside theirs come in as well. Training goes over the training images, and every
 at the rate of inference. The result is printed in Markdown.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from command_line import command_line
 from hydra import compose, initialize_config_dir
 from tables import origin, table
 
@@ -169,10 +169,10 @@ def report(entries: list[dict[str, Any]], results: dict[str, Any], loader: dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("throughput", type=Path, help="what throughput.py wrote")
     parser.add_argument("--price", type=float, required=True, help="dollars a GPU-hour")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64], help="of a run")
     parser.add_argument("--efficiency", type=float, default=1.0, help="of scaling, where it was not measured")
     parser.add_argument("--loader", type=Path, help="what bench_loader.py wrote")
     parser.add_argument("--out", type=Path, help="file for the same numbers in JSON")

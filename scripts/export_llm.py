@@ -9,12 +9,12 @@ Layers of 2:4, low rank and Monarch become dense ones that multiply with the sam
 of data.tokenizer.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarking import run_main
+from command_line import command_line
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -81,9 +81,9 @@ def exportable(model: Any, tokenizer: Tokenizer) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("run", type=Path, help="folder of a run that train.py ended")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
     model, data = trained(arguments.run)
     exportable(model, data.tokenizer).save_pretrained(arguments.out)

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from command_line import command_line
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from stl.basis import Basis
@@ -100,10 +101,10 @@ def rounds(search: Search, stop_after: int | None, state: Path) -> Iterator[Basi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--tile", type=int, nargs="+", help=f"tile sizes; default {' '.join(map(str, SIZES))}")
     parser.add_argument("--rank", type=int, nargs="+", help="ranks, of a single tile size; default: those that ship")
-    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="of all that is random")
     parser.add_argument("--cycles", type=int, default=Settings.cycles, help="times that all sizes are searched")
     parser.add_argument("--rounds", type=int, default=Settings.rounds, help="basin hops of a size in a cycle")
     parser.add_argument("--chains", type=int, default=Settings.chains, help="basin hops side by side")

@@ -8,7 +8,6 @@ it is better than what stands there; a row keeps the command that found it. The 
 same machine. stl/cp/index_maps.py says how it searches.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import command_line
 from rich.progress import track
 
 from stl.bases.group import MAPS, abelian_groups, read_row, real_rank
@@ -102,10 +102,10 @@ def write(path: Path, rows: Rows) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tile", type=int, nargs="+", default=TILES)
+    parser = command_line(__doc__)
+    parser.add_argument("--tile", type=int, nargs="+", default=TILES, help="tile sizes")
     parser.add_argument("--rank", type=int, nargs="+", help="default: every real rank up to t³")
-    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="of all that is random")
     parser.add_argument("--chains", type=int, default=Settings.chains, help="side by side")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of annealing")
     parser.add_argument("--limit", type=float, default=Settings.limit, help="on S")

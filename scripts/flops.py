@@ -4,13 +4,13 @@ python scripts/flops.py                                   # the published T2T-Vi
 python scripts/flops.py deit_small_patch16_224 --layers   # any timm model, a row a layer
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+from command_line import command_line
 from torch import nn
 
 from models.build import build_model
@@ -36,12 +36,12 @@ def row(name: str, label: str, report: FlopReport) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("models", nargs="*", help="names that timm knows; by default the published T2T-ViTs")
     parser.add_argument("--image-size", type=int, help="side in pixels; by default the model's own")
-    parser.add_argument("--tile", type=int, default=4)
-    parser.add_argument("--rank", type=int, nargs="+", default=[16, 24, 32, 48])
-    parser.add_argument("--basis", default="frame")
+    parser.add_argument("--tile", type=int, default=4, help="tile size")
+    parser.add_argument("--rank", type=int, nargs="+", default=[16, 24, 32, 48], help="tensor ranks")
+    parser.add_argument("--basis", default="frame", help="one of those in stl/bases/")
     parser.add_argument("--layers", action="store_true", help="print a row for every layer as well")
     parser.add_argument("--out", type=Path, help="folder for flops.md and flops.json")
     arguments = parser.parse_args()

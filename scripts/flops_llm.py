@@ -7,7 +7,6 @@ Attention products are counted in full, masked or not; 2:4 as sparse kernels com
 several read the same x, which STL encodes once. Nothing is computed, and no weights are held.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from bench_llm import WAYS, build, configuration
 from benchmarking import run_main
+from command_line import command_line
 from tables import table
 from torch import nn
 
@@ -26,9 +26,9 @@ COLUMNS = ["model", "linear layers", "params M", "linear MMACs", "total MMACs", 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--models", nargs="+", default=["llama_tinyllama", "llama_small"], help="of configs/model/")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 24, 32])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 24, 32], help="of STL, t = 4")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder")
     arguments = parser.parse_args()

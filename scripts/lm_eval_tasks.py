@@ -7,10 +7,10 @@ The folder is one of export_llm.py, or any of a model and a tokenizer that trans
 an inexact basis let the requests of a batch disturb each other: their scores depend on --batch-size.
 """
 
-import argparse
 from pathlib import Path
 
 from benchmarking import run_main
+from command_line import command_line
 
 from models.callbacks import write_json
 from stl import SettingError
@@ -18,13 +18,15 @@ from stl.optional import optional
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tasks", nargs="+", required=True)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser = command_line(__doc__)
+    parser.add_argument("folder", type=Path, help="what export_llm.py or save_pretrained wrote")
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, help="names that lm-evaluation-harness knows, or folders of tasks"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="examples at once")
     parser.add_argument("--limit", type=int, help="examples of each task, for a trial")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("lm_eval.json"))
+    parser.add_argument("--device", default="cuda", help="where the model runs")
+    parser.add_argument("--out", type=Path, default=Path("lm_eval.json"), help="JSON to write")
     arguments = parser.parse_args()
     if not (arguments.folder / "config.json").is_file():
         raise SettingError(f"{arguments.folder} has no config.json; give a folder of scripts/export_llm.py")

@@ -4,13 +4,13 @@ python scripts/plot_bases.py                             # writes results/bases.
 python scripts/plot_bases.py --tile 4 --out outputs/bases
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from command_line import command_line
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -76,8 +76,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tile", type=int, nargs="+", default=TILES)
+    parser = command_line(__doc__)
+    parser.add_argument("--tile", type=int, nargs="+", default=TILES, help="tile sizes")
     parser.add_argument("--out", type=Path, default=Path("results"), help="where the files go")
     given = parser.parse_args()
     try:

@@ -10,7 +10,6 @@ results/<table>/, beside the table itself; a run that was stopped, by --minutes,
 row that was not run says so, and one whose loss did not stay finite as well.
 """
 
-import argparse
 import os
 import re
 import shlex
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 from benchmarking import run_main
+from command_line import command_line
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -182,7 +182,7 @@ def _last_line(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--table", required=True, help="one of configs/table/, or a file like those")
     parser.add_argument("--list", action="store_true", help="show every row and run nothing")
     parser.add_argument("--build", action="store_true", help="build the table from what is there and run nothing")
@@ -190,8 +190,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of this machine, for every run")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, over all GPUs")
     parser.add_argument("--minutes", type=float, help="stop after so many; the next call goes on")
-    parser.add_argument("--outputs", type=Path, default=Path("outputs"))
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the tables")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         raise SettingError(f"--jobs {arguments.jobs} must be a positive number")

@@ -8,7 +8,6 @@ Images are random and on the GPU: bench_loader.py measures what brings them ther
 row, and models that it has are not measured again: a stopped program goes on.
 """
 
-import argparse
 import copy
 import json
 import statistics
@@ -43,6 +42,7 @@ from benchmarking import (
     takes,
     work,
 )
+from command_line import command_line
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -351,15 +351,17 @@ def measure_all(cases: list[list[Case]], ranks: list[int], how: How, out: Path, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--models", nargs="+", default=["t2t_vit_7", "t2t_vit_14"], help="or all: every T2T-ViT")
-    parser.add_argument("--rank", type=int, nargs="+", default=[16, 24])
+    parser.add_argument("--rank", type=int, nargs="+", default=[16, 24], help="of STL, t = 4")
     parser.add_argument("--batch-size", type=int, default=256, help="images on each GPU")
     parser.add_argument("--repeats", type=int, default=How.repeats, help="blocks of 10 steps")
     parser.add_argument("--compile", choices=MODES, default=How.compile_mode, help="as train.py's setting compile")
     parser.add_argument("--devices", type=int, default=1, help="GPUs; several are compared with one")
     parser.add_argument("--strategy", nargs="+", choices=STRATEGIES, default=["ddp"], help="with several GPUs")
-    parser.add_argument("--out", type=Path, default=Path("results/throughput.json"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/throughput.json"), help="JSON to write, and to go on with"
+    )
     arguments = parser.parse_args()
     if torch.cuda.device_count() < arguments.devices:
         raise SettingError(f"this measures {arguments.devices} GPU(s) and finds {torch.cuda.device_count()}")

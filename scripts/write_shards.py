@@ -9,7 +9,6 @@ The image files go into tar files as they are, the training images in a random o
 is started again. index.json, the last thing written, names the shards, their sizes and the classes.
 """
 
-import argparse
 import io
 import json
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
+from command_line import command_line
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from webdataset.shardlists import expand_urls
@@ -201,7 +201,7 @@ def index_shards(out: Path, train: list[str], val: list[str], workers: int) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="[SRC] OUT", help="SRC has train/ and val/")
     parser.add_argument("--per-shard", type=int, default=1000, help="images of a shard, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the training images")

@@ -170,8 +170,10 @@ def count_flops(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype
     layers, also those of `convert`ed models, have a row each, and so has the rest of every module that multiplies
     matrices or convolves. Recurrent layers (LSTM, GRU) are not counted.
 
-    Raises SettingError where the model does not take an input of this shape.
+    Raises SettingError where that is no shape, or the model does not take an input of it.
     """
+    if not isinstance(input_shape, Sequence):
+        raise SettingError(f"input_shape={input_shape!r} must be all sizes of the input, such as (3, 224, 224)")
     shape = tuple(int(size) for size in input_shape)
     if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
         raise SettingError(f"{type(model).__name__} holds lazy layers that have no sizes yet; run one batch first")

@@ -369,6 +369,7 @@ class Silent(nn.Module):
             ["(3, 9, 9)", "; as a batch of one: "],
         ),
         (nn.Sequential(make_layer(8, 4)), (2, 7), ["(2, 7)", "in_features=8"]),
+        (nn.Linear(8, 4), 224, ["input_shape=224 must be all sizes of the input"]),
         (Silent(), (1,), ["Silent does not take", "NotImplementedError"]),
         (nn.Sequential(nn.LazyLinear(4)), (2, 7), ["Sequential holds lazy layers", "run one batch first"]),
     ],
