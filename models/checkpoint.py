@@ -61,7 +61,9 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Any], Path]:
 
 def check_there(setting: str, source: str | None) -> None:
     """Raises SettingError where a setting names a file of weights that does not exist; a folder may be a hub's name."""
-    if source is not None and Path(source).suffix in (".ckpt", ".bin") and not Path(source).is_file():
+    if not isinstance(source, str | None):
+        raise SettingError(f"{setting}={source!r} must be a path, or a name on the Hugging Face hub")
+    if source is not None and source.endswith((".ckpt", ".bin")) and not Path(source).exists():
         raise SettingError(f"{setting}={source!r} does not exist; give the path of a .ckpt or .bin file")
 
 

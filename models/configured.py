@@ -1,6 +1,7 @@
 """What a configuration describes: its data, its model, its task; and the same with the weights of a checkpoint."""
 
-from inspect import signature
+from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,13 +22,15 @@ def build_model(cfg: DictConfig, data: Any, *, fresh: bool = True) -> nn.Module:
 
 
 def _linear(cfg: DictConfig) -> Any:
-    """What makes a linear layer. Raises SettingError for a setting that this kind has not."""
+    """What makes a linear layer. Raises SettingError for settings that this kind has not."""
     made = instantiate(cfg.linear)
-    if unknown := set(made.keywords) - set(signature(made.func).parameters):
-        name = min(unknown)
-        raise SettingError(
-            f"linear.{name}={made.keywords[name]} is no setting of {made.func.__name__}; remove it with ~linear.{name}"
-        )
+    if not isinstance(made, partial):
+        return made
+    known = signature(made.func).parameters
+    unknown = [name for name in made.keywords if name not in known]
+    if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values()):
+        what, without = (", ".join(f"{sign}linear.{name}" for name in unknown) for sign in ("", "~"))
+        raise SettingError(f"{what}: no setting of {made.func.__name__}; remove it with {without}")
     return made
 
 
@@ -38,9 +41,11 @@ def build(cfg: DictConfig, *, fresh: bool = True) -> tuple[Task, Any]:
     Raises SettingError where a setting is wrong, or task and data do not go together.
     """
     kind = cast(type[Task], get_class(cfg.get("task", "models.classification.ClassificationTask")))
+    # What can be wrong before the data are made, which may take long:
     if fresh:
-        for setting in ("model.weights", "distillation.teacher"):  # data may take long to be made
+        for setting in ("model.weights", "distillation.teacher"):
             check_there(setting, OmegaConf.select(cfg, setting))
+    _linear(cfg)
     data = instantiate(cfg.data, seed=cfg.seed)
     if data.unit != kind.takes:
         raise SettingError(

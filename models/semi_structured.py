@@ -86,7 +86,7 @@ class SemiStructuredLinear(nn.Module):
 
     def _rows(self, x: Tensor) -> Tensor:
         """Of all samples, (n, k), contiguous; in the weight's dtype under autocast."""
-        if x.shape[-1] != self.in_features:
+        if x.shape[-1:] != (self.in_features,):
             raise SettingError(
                 f"x has shape {tuple(x.shape)}, but in_features={self.in_features} must be the last size"
             )
@@ -97,6 +97,14 @@ class SemiStructuredLinear(nn.Module):
             given = ", ".join(sorted(str(dtype) for dtype in dtypes - {self.dtype}))
             raise SettingError(f"the compressed weight is in {self.dtype}; x or bias in {given} must be so as well")
         return x.reshape(-1, self.in_features).contiguous()
+
+    def get_extra_state(self) -> Tensor:
+        """Nothing, in the weight's dtype, which its bits do not tell."""
+        return torch.empty(0, dtype=self.dtype)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.dtype != self.dtype:
+            raise SettingError(f"the checkpoint's compressed weight is in {state.dtype}, the model's in {self.dtype}")
 
     def macs(self, shape: Sequence[int]) -> int:
         return prod(shape[:-1]) * self.out_features * self.in_features // 2
@@ -119,12 +127,12 @@ def compress(model: nn.Module) -> list[str]:
         raise SettingError(
             "the model is a 2:4 layer itself, in whose place none can be put; give a module that holds it"
         )
-    modules = model.named_modules(remove_duplicate=False)
-    layers = {name: layer for name, layer in modules if isinstance(layer, Sparse24Linear)}
-    compressed = {layer: _compressed(name, layer) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        model.set_submodule(name, compressed[layer])
-    return list(layers)
+    layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, Sparse24Linear)}
+    compressed: dict[nn.Module, nn.Module] = {layer: _compressed(name, layer) for layer, name in layers.items()}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if layer in compressed:
+            model.set_submodule(name, compressed[layer])
+    return list(layers.values())
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """The text as it was written, and behind every option its default where it has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, []):
+        if action.default is None or action.default is False or action.default == []:
             return action.help
         if isinstance(action.default, list | tuple):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"

@@ -8,7 +8,7 @@ due. Linear layers of other kinds say what they cost themselves, see `CountedLin
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -172,7 +172,7 @@ def count_flops(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype
 
     Raises SettingError where that is no shape, or the model does not take an input of it.
     """
-    if not isinstance(input_shape, Sequence):
+    if not isinstance(input_shape, Iterable):
         raise SettingError(f"input_shape={input_shape!r} must be all sizes of the input, such as (3, 224, 224)")
     shape = tuple(int(size) for size in input_shape)
     if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):

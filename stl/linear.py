@@ -284,6 +284,10 @@ class STLLinear(nn.Module):
         text = f"{sizes} tile={self.tile} rank={self.rank} basis={self.basis} row_axis={self.row_axis}"
         return torch.tensor(list(text.encode().ljust(SPEC_BYTES)), dtype=torch.uint8)
 
+    def reset_spec(self) -> None:
+        """For loaders that leave `spec` as memory was where they have none; `load_state_dict` leaves it as it is."""
+        self.spec = self._encode_spec().to(self.weight.device)
+
     def check_spec(self, name: str) -> None:
         """For loaders that put tensors in their places, as transformers' do; `load_state_dict` sees to it itself.
 

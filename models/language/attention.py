@@ -8,7 +8,7 @@ kernels run, on keys and values repeated for every head.
 
 A row of padding before the first token may see no token at all, and eager attention then makes it the mean of all of
 them, later ones among them. In a dense model nobody looks at it; in a tile that holds tokens as well they would see it.
-Such a row sees itself here.
+Such a row sees the first token here, which is later than none, however long the keys of a cache are.
 """
 
 from typing import Any
@@ -49,10 +49,9 @@ def _adapt_mask(layer: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Gi
 
 
 def _open(mask: Tensor) -> Tensor:
-    """A mask (B, heads or 1, n, keys), bool or added to scores, whose rows that see nothing see themselves."""
-    n, keys = mask.shape[-2:]
-    themselves = torch.ones(n, keys, dtype=torch.bool, device=mask.device).tril(keys - n).triu(keys - n)
+    """A mask (B, heads or 1, n, keys), bool or added to scores, whose rows that see nothing see the first key."""
+    first = torch.arange(mask.shape[-1], device=mask.device) == 0
     if mask.dtype == torch.bool:
-        return mask | (themselves & ~mask.any(-1, keepdim=True))
+        return mask | (first & ~mask.any(-1, keepdim=True))
     closed = (mask <= torch.finfo(mask.dtype).min).all(-1, keepdim=True)
-    return mask.masked_fill(themselves & closed, 0.0)
+    return mask.masked_fill(first & closed, 0.0)

@@ -76,7 +76,7 @@ def build_llama(
     for setting, switch in {"merged": config.merged, "calibrate_basis": calibrate_basis}.items():
         if not isinstance(switch, bool):
             raise SettingError(f"model.{setting}={switch!r} must be true or false")
-    if not (isinstance(calibration, int) and calibration >= 0):
+    if isinstance(calibration, bool) or not (isinstance(calibration, int) and calibration >= 0):
         raise SettingError(f"model.calibration={calibration!r} must be a whole number of sequences, 0 or more")
     if restored:
         weights, calibration, calibrate_basis = None, 0, False
@@ -87,8 +87,10 @@ def build_llama(
             raise SettingError(f"model.{setting}={value} needs trained weights; set model.weights as well")
         if value and kind is nn.Linear:
             raise SettingError(f"model.{setting}={value} fits nothing where all layers are dense; leave it out")
-        if value and kind is Sparse24Linear and keywords.get("pruning") != "wanda":
-            raise SettingError(f"model.{setting}={value} fits nothing with linear.pruning=magnitude; set it to 0")
+    if kind is Sparse24Linear and calibrate_basis:
+        raise SettingError("model.calibrate_basis=True is for STL layers; set it to false")
+    if kind is Sparse24Linear and calibration and keywords.get("pruning") != "wanda":
+        raise SettingError(f"model.calibration={calibration} fits nothing with linear.pruning=magnitude; set it to 0")
     check_groups(linear_groups, config.tie_word_embeddings)
     model = STLLlamaForCausalLM(config) if weights is None else read_weights(weights, config, vocabulary)
     batches = list(sample(calibration).split(8)) if calibration else None

@@ -52,13 +52,33 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
             self._swap(**config.stl)
 
     @classmethod
-    def from_pretrained(cls, *arguments: Any, **named: Any) -> Any:
-        """As that of `LlamaForCausalLM`. Raises SettingError where config.json has other STL layers than were saved."""
-        loaded = super().from_pretrained(*arguments, **named)
-        for name, layer in (loaded[0] if isinstance(loaded, tuple) else loaded).named_modules():
-            if isinstance(layer, STLLinear):
+    def from_pretrained(
+        cls, *arguments: Any, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **named: Any
+    ) -> Any:
+        """As that of `LlamaForCausalLM`. Raises SettingError, with both sides, where weights are of other sizes, and
+        where config.json has other STL layers than were saved."""
+        read: Any = super().from_pretrained
+        model, info = read(*arguments, output_loading_info=True, ignore_mismatched_sizes=True, **named)
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            key, theirs, ours = min(info["mismatched_keys"], key=str)
+            raise SettingError(
+                f"{key}: the folder has {tuple(theirs)}, the model {tuple(ours)}; make config.json agree"
+            )
+        if model.config.stl is not None:
+            model._check_layers(set(info["missing_keys"]))
+        return (model, info) if output_loading_info else model
+
+    def _check_layers(self, missing: set[str]) -> None:
+        for name, layer in self.named_modules():
+            if isinstance(layer, STLLinear) and f"{name}.spec" not in missing:
                 layer.check_spec(name)
-        return loaded
+            elif isinstance(layer, STLLinear):
+                missing.remove(f"{name}.spec")
+                layer.reset_spec()
+        if missing:
+            raise SettingError(
+                f"the folder has no {min(missing)}, and config.json has stl={self.config.stl}; make it agree"
+            )
 
     def merge(self) -> None:
         """Make one layer of those that read the same x, in place, where that is not done yet.

@@ -33,10 +33,17 @@ def test_defaults_stand_behind_options_that_have_one():
     parser = command_line("What it does,\n  line by line.")
     parser.add_argument("--rank", type=int, nargs="+", default=[16, 24], help="of STL")
     parser.add_argument("--out", default="a.json", help="JSON to write")
+    parser.add_argument("--seed", type=int, default=0, help="of what is random")
     parser.add_argument("--list", action="store_true", help="run nothing")
     parser.add_argument("--minutes", type=float, help="stop after so many")
     shown = " ".join(parser.format_help().split())
     assert "What it does, line by line." in shown
-    for words in ("of STL (default: 16 24)", "JSON to write (default: a.json)", "run nothing --minutes", "so many"):
+    for words in (
+        "of STL (default: 16 24)",
+        "JSON to write (default: a.json)",
+        "(default: 0)",
+        "run nothing --minutes",
+        "so many",
+    ):
         assert words in shown
-    assert shown.count("default") == 2
+    assert shown.count("default") == 3

@@ -128,18 +128,74 @@ def test_a_folder_keeps_it(way, more, tmp_path):
     assert_causal(again, ids(2, 5))
 
 
-@pytest.mark.parametrize(("way", "changed"), [("tokens", "products"), ("batch", "causal")])
-def test_a_folder_whose_configuration_was_changed_is_refused(way, changed, tmp_path):
-    model = llama(WAYS[way])
+@pytest.mark.parametrize(
+    ("own", "changed", "message"),
+    [
+        (
+            {},
+            {"basis": "products"},
+            r"^model.layers.0.self_attn.q_proj: the checkpoint has .* basis=causal .*, the model .*=pr",
+        ),
+        (
+            {},
+            {"rank": 24},
+            r"^model.layers.0.*: the folder has \(.*16.*\), the model \(.*24.*\); make config.json agree$",
+        ),
+        (
+            {},
+            {"train_weight": "dense"},
+            r"^the folder has no model.*\.dense_weight, and config.json has stl={.*}; make it",
+        ),
+        (
+            {"train_weight": "dense"},
+            {"train_weight": "encoded"},
+            r"^the folder has no model.*\.weight, and config.json h",
+        ),
+        (
+            {"train_weight": "dense"},
+            {"groups": ["mlp"]},
+            r"^the folder has no model.layers.0.self_attn.k_proj.weight, and",
+        ),
+    ],
+)
+def test_a_folder_whose_configuration_was_changed_is_refused(own, changed, message, tmp_path):
+    model = llama(WAYS["tokens"] | own)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["stl"]["basis"] = changed
+    config["stl"] |= changed
     (tmp_path / "config.json").write_text(json.dumps(config))
-    message = (
-        rf"layers.0.self_attn.q_proj: the checkpoint has .* basis={WAYS[way]['basis']} .*, the model .*={changed} "
-    )
     with pytest.raises(SettingError, match=message):
         type(model).from_pretrained(tmp_path)
+
+
+def test_a_folder_without_the_settings_of_layers_is_read(tmp_path):
+    model = llama(WAYS["tokens"])
+    kept = {name: value for name, value in model.state_dict().items() if not name.endswith(".spec")}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert {name.rpartition(".")[2] for name in info["missing_keys"]} == {"spec"}
+    assert_close(logits(again, ids(2, 7)), logits(model, ids(2, 7)))
+    copy.deepcopy(model).load_state_dict(again.state_dict())
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("length", [7, 10, 14])
+def test_padding_carries_nothing_of_later_tokens_where_a_cache_is_longer(implementation, length):
+    model = llama(WAYS["batch"])
+    model.set_attn_implementation(implementation)
+    x = ids(3, 7)
+    padded = torch.ones_like(x)
+    padded[0, :3] = 0
+
+    def computed(x: torch.Tensor) -> torch.Tensor:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+        return model(x, attention_mask=padded, past_key_values=cache, use_cache=True).logits
+
+    before = computed(x)
+    for i in range(3, 7):
+        changed = x.clone()
+        changed[0, i] = 2
+        assert torch.equal(computed(changed)[:, :i], before[:, :i])
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,17 @@ def test_distillation_learns_from_the_teachers_logits(words, dense, tmp_path):
         (["model.hidden_size=a"], "model: .*hidden_size"),
         (["model.merged=maybe"], "model.merged='maybe' must be true or false"),
         (["model.weights=a/b", "model.calibration=-3"], "model.calibration=-3 must be a whole number of sequences"),
-        (["linear=low_rank"], "linear.basis=causal is no setting of LowRankLinear; remove it with ~linear.basis"),
+        (["linear=low_rank"], r"^linear.basis.*: no setting of LowRankLinear; remove it with ~linear.basis"),
+        (["model.weights=5"], "model.weights=5 must be a path, or a name on the Hugging Face hub"),
+        (
+            [
+                "experiment=llm/small_sparse24",
+                "model.weights={dense}",
+                "model.calibration=8",
+                "model.calibrate_basis=true",
+            ],
+            "model.calibrate_basis=True is for STL layers; set it to false",
+        ),
         (["model.weights=/nowhere.ckpt"], "^model.weights='/nowhere.ckpt' does not exist; give the path of a .ckpt"),
         (["distillation.teacher=/no.bin"], "^distillation.teacher='/no.bin' does not exist; give the path of a .ckpt"),
         (
