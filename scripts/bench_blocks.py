@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from benchmarking import (
-    REFUSALS,
     SPARSE,
     Method,
     add_options,
@@ -34,7 +33,7 @@ from benchmarking import (
     one_pass,
     parse_sizes,
     prune,
-    reason,
+    refusal,
     run_main,
     set_backend,
     tried,
@@ -140,11 +139,8 @@ class Bench:
         """2:4, compressed and held against the masked block; what the kernels refuse, as refused."""
         reference = self.build(nn.Linear)
         prune(reference)
-        compressed, refused = copy.deepcopy(reference), None
-        try:
-            compress_for(compressed, self.dtype, self.run(compressed, self.dtype))
-        except REFUSALS as error:
-            refused = reason(error)
+        compressed = copy.deepcopy(reference)
+        refused = refusal(partial(compress_for, compressed, self.dtype, self.run(compressed, self.dtype)))
         for compiled in (False, True)[: 2 if self.device == "cuda" else 1]:
             method = self.method(SPARSE, compressed, reference, {}, compiled)
             yield tried(method) if refused is None else replace(method, refused=refused)

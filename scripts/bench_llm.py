@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from benchmarking import (
-    REFUSALS,
     SPARSE,
     Method,
     add_options,
@@ -29,7 +28,7 @@ from benchmarking import (
     compress_for,
     describe,
     measure,
-    reason,
+    refusal,
     run_main,
     set_backend,
     tried,
@@ -88,11 +87,8 @@ def variants(
     if arguments.device == "cuda" and dtype in DTYPES:
         pruned = make(Sparse24Linear)
         sparse = copy.deepcopy(pruned)
-        facts: dict[str, Any] = {"linear": "sparse24"}
-        try:
-            compress_for(sparse, dtype, partial(run, sparse))
-        except REFUSALS as error:
-            facts["refused"] = reason(error)
+        refused = refusal(partial(compress_for, sparse, dtype, partial(run, sparse)))
+        facts: dict[str, Any] = {"linear": "sparse24", "refused": refused}
         for compiled in ways:
             yield SPARSE, compiled, sparse, pruned, facts
     for way in arguments.ways:

@@ -10,14 +10,13 @@ in higher precision, with --backward all its gradients as well. The file is rewr
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from benchmarking import (
-    REFUSALS,
     Method,
     add_options,
     backends_of,
@@ -27,7 +26,7 @@ from benchmarking import (
     measure,
     one_pass,
     parse_sizes,
-    reason,
+    refusal,
     relative_error,
     run_main,
 )
@@ -133,12 +132,8 @@ def sparse(x: Tensor, w: Tensor, bias: Tensor) -> Method:
         return (F.linear(x.float(), pruned.float(), bias.float()),)
 
     macs, numbers = x.shape[0] * w.numel() // 2, x.numel() + x.shape[0] * len(w) + w.numel() // 2
-    method = Method("2:4, cuSPARSELt", run, wanted, macs, numbers)
-    try:
-        compress_for(computed, x.dtype, run)
-    except REFUSALS as error:
-        return replace(method, refused=reason(error))
-    return method
+    refused = refusal(partial(compress_for, computed, x.dtype, run))
+    return Method("2:4, cuSPARSELt", run, wanted, macs, numbers, refused=refused)
 
 
 def product_error(exact: Tensor, y: Tensor) -> dict[str, Any]:

@@ -119,13 +119,18 @@ def _search(layer: SemiStructuredLinear, args: tuple[Tensor, ...]) -> None:
     layer.search(args[0])
 
 
-def tried(method: Method) -> Method:
-    """The method; as refused where running it raises one of REFUSALS, or can no more be compiled."""
+def refusal(run: Callable[[], object]) -> str | None:
+    """Why it is refused: it raises one of REFUSALS, or can no more be compiled. None where it runs."""
     try:
-        method.run()
+        run()
     except (*REFUSALS, FailOnRecompileLimitHit) as error:
-        return replace(method, refused=reason(error))
-    return method
+        return reason(error)
+    return None
+
+
+def tried(method: Method) -> Method:
+    """The method; as refused where running it is."""
+    return replace(method, refused=refusal(method.run))
 
 
 def reason(error: Exception) -> str:

@@ -69,6 +69,7 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
         return (model, info) if output_loading_info else model
 
     def _check_layers(self, missing: set[str]) -> None:
+        """Raises SettingError where STL layers are not those whose weights were read; of `missing` there were none."""
         for name, layer in self.named_modules():
             if isinstance(layer, STLLinear) and f"{name}.spec" not in missing:
                 layer.check_spec(name)

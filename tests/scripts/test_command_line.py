@@ -12,8 +12,9 @@ FOLDER = Path(__file__).parents[2] / "scripts"
 SCRIPTS = [path.stem for path in FOLDER.glob("*.py") if "command_line(__doc__)" in path.read_text()]
 
 
-def test_there_are_scripts():
+def test_there_are_scripts_and_none_has_a_parser_of_its_own():
     assert {"reproduce", "bench_ops", "flops"} < set(SCRIPTS)
+    assert [path.stem for path in FOLDER.glob("*.py") if "ArgumentParser(" in path.read_text()] == ["command_line"]
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
