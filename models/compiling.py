@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from models.barriers import read_back_behind_barriers
 from stl import SettingError
 
 # "reduce-overhead" replays the passes as CUDA graphs: small models otherwise wait for the CPU to launch their kernels.
@@ -18,6 +19,7 @@ def compile_model(model: nn.Module, mode: str | None) -> None:
         return
     if mode not in MODES:
         raise SettingError(f"compile={mode} is unknown; choose one of {', '.join(MODES)}, or null")
+    read_back_behind_barriers()
     torch._dynamo.config.optimize_ddp = False  # one graph each way, where DDP would have one for each of its buckets
     model.compile(mode=mode)
 

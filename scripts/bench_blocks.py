@@ -27,6 +27,7 @@ from benchmarking import (
     add_options,
     backends_of,
     begin,
+    compile_fixed,
     compress_for,
     describe,
     measure,
@@ -162,7 +163,7 @@ class Bench:
         def wanted() -> tuple[Tensor, ...]:
             return self.run(copy.deepcopy(reference).to(self.wide), self.wide)()
 
-        function = torch.compile(module, dynamic=False) if compiled else None
+        function = compile_fixed(module) if compiled else None
         name = f"{name}, compiled" if compiled else name
         return Method(name, self.run(module, self.dtype, function), wanted, *self.work(reference), facts)
 

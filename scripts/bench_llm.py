@@ -25,6 +25,7 @@ from benchmarking import (
     add_options,
     backends_of,
     begin,
+    compile_fixed,
     compress_for,
     describe,
     measure,
@@ -146,7 +147,7 @@ def methods(arguments: argparse.Namespace, config: Any, phase: str, dtype: torch
             refused = facts.pop("refused", None)
             name = f"{name}{', merged' * merged}"
             if compiled:
-                name, timed = f"{name}, compiled", torch.compile(timed, dynamic=False)
+                name, timed = f"{name}, compiled", compile_fixed(timed)
             method = Method(name, partial(run, timed, ids), wanted, macs, numbers, facts, phase == "prefill", refused)
             yield tried(method) if (compiled or facts["linear"] == "sparse24") and refused is None else method
 

@@ -21,6 +21,7 @@ from benchmarking import (
     add_options,
     backends_of,
     begin,
+    compile_fixed,
     compress_for,
     describe,
     measure,
@@ -96,7 +97,7 @@ def methods(
     sizes = n * (k + m) * (2 if backward else 1)
     yield Method("dense", layer(F.linear, w, bias), dense, passes * n * k * m, sizes + passes * k * m)
     if device == "cuda":
-        compiled = torch.compile(F.linear, dynamic=False)
+        compiled = compile_fixed(F.linear)
         yield Method("dense, compiled", layer(compiled, w, bias), dense, passes * n * k * m, sizes + passes * k * m)
         if not backward:
             yield sparse(x, w, bias)

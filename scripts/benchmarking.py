@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT as Compressed
 
+from models.barriers import read_back_behind_barriers
 from models.callbacks import git_commit
 from models.semi_structured import SemiStructuredLinear, compress
 from models.sparse24 import Sparse24Linear
@@ -242,6 +243,12 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
         "bytes_per_second": 2 * source.nbytes / seconds["copy"],
         "flops_per_second": 2 * size**3 / seconds["gemm"],
     }
+
+
+def compile_fixed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By torch.compile, for shapes that stay as they are."""
+    read_back_behind_barriers()
+    return torch.compile(function, dynamic=False)
 
 
 # Every method is a model of its own; behind the limit a compiled one would silently be none.
