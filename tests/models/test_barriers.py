@@ -81,8 +81,16 @@ def test_a_kernel_waits_before_it_reads_back_what_it_has_stored(generated, depen
         assert (generated(), torch.compiler.config.cache_key_tag) == (code, tag)
 
 
+def test_a_compiler_that_is_another_gets_one_line(monkeypatch):
+    monkeypatch.setattr(TritonKernel, "load", lambda kernel, name, index: None)
+    monkeypatch.delattr(TritonKernel, "_handle_pdl_before_access")
+    with pytest.warns(UserWarning, match=r"^PyTorch .* may lack barriers in compiled kernels: see its issue 190517$"):
+        compile_model(nn.Identity(), "default")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
 def test_a_model_that_reads_back_is_right_in_every_call():
+    torch.manual_seed(0)
     model = build_model("deit_tiny_patch16_224", num_classes=1000, img_size=224).cuda().eval()
     images = torch.randn(16, 3, 224, 224, device="cuda")
     wanted = throughput.logits(model, images, None)
