@@ -2,6 +2,7 @@
 
     python scripts/bench_llm.py --out results/llm_h200.json          # TinyLlama-1.1B's shapes, 16,384 tokens
     python scripts/bench_llm.py --models llama_small --ranks 16 24 32 40 --out results/llm/speed.json  # for the table
+    python scripts/bench_llm.py --phases decode --ways tokens --out results/llm_h200.json  # these rows again, or added
 
 Prefill computes the logits of --batch sequences of --length tokens at once, with a cache, as a CUDA graph, on a GPU
 also compiled. Decoding feeds as many sequences --steps tokens, one after the other, from an empty cache, by the CPU's
@@ -10,10 +11,14 @@ transformers has them, and merged: one layer where several read the same x. Each
 precision before it is timed. By the kernels STL comes as it is and fused: MLPs, and norms where projections are merged;
 it is compiled only so. 2:4 is PyTorch's sparse kernels, on a GPU in 16 bits, each layer with the algorithm that
 cuSPARSELt's search finds.
+
+All that is measured of one model in one phase takes turns, and is written when these end. What else the file has, of
+the same machine and code, stays in it, with its bounds: the file's ceilings are those of the last run.
 """
 
 import argparse
 import copy
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -30,6 +35,7 @@ from benchmarking import (
     describe,
     measure,
     refusal,
+    refuse_other,
     run_main,
     set_backend,
     tried,
@@ -47,6 +53,8 @@ from models.sparse24 import Sparse24Linear
 from stl import SettingError, STLLinear, count_flops
 
 PROJECTIONS = ("apart", "merged")  # of what reads the same x
+SAME = ("gpu", "driver", "versions", "git_commit", "device", "dtype")  # what rows of one file have in common
+PLACE = ("model", "phase", "batch", "tokens", "method")  # what tells them apart
 WAYS: dict[str, dict[str, Any]] = {  # of keeping a model causal: basis and row axis
     "tokens": {"basis": "causal", "row_axis": "tokens"},
     "batch": {"basis": "shuffle", "row_axis": "batch"},
@@ -152,6 +160,26 @@ def methods(arguments: argparse.Namespace, config: Any, phase: str, dtype: torch
             yield tried(method) if (compiled or facts["linear"] == "sparse24") and refused is None else method
 
 
+def go_on(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`begin`, with the rows that the file has. Raises SettingError where these are of another machine or code."""
+    result = begin(arguments)
+    if arguments.out.exists():
+        earlier = json.loads(arguments.out.read_text())
+        refuse_other(arguments.out, earlier["machine"], result["machine"], SAME)
+        result["rows"] = earlier["rows"]
+    return result
+
+
+def put(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with those measured now, each in the place of an earlier one."""
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[key] for key in PLACE)
+
+    again = {place(row) for row in measured}
+    return [*(row for row in rows if place(row) not in again), *measured]
+
+
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--models", nargs="+", default=["llama_tinyllama"], help="of configs/model/")
@@ -167,16 +195,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="tokens of a sequence in decoding")
     add_options(parser, [16, 24], "results/llm.json")
     arguments = parser.parse_args()
-    result = begin(arguments)
+    result = go_on(arguments)
     for model in arguments.models:
         config = configuration(model)
         for phase in arguments.phases:
             facts = {"model": model, "phase": phase, "batch": arguments.batch}
-            rows = methods(arguments, config, phase, getattr(torch, arguments.dtype))
-            for row in measure(facts, rows, result["ceilings"]):
+            ways = methods(arguments, config, phase, getattr(torch, arguments.dtype))
+            rows = measure(facts, ways, result["ceilings"])
+            for row in rows:
                 row["tokens_per_second"] = row["tokens"] / row["seconds"] if "seconds" in row else None
-                result["rows"].append(row)
                 print(describe(f"{model:16} {phase:8}", row), flush=True)
+            result["rows"] = put(result["rows"], rows)
             write_json(arguments.out, result)
 
 
