@@ -2,7 +2,7 @@
 
     python scripts/bench_llm.py --out results/llm_h200.json          # TinyLlama-1.1B's shapes, 16,384 tokens
     python scripts/bench_llm.py --models llama_small --ranks 16 24 32 40 --out results/llm/speed.json  # for the table
-    python scripts/bench_llm.py --phases decode --ways tokens --out results/llm_h200.json  # these rows again, or added
+    python scripts/bench_llm.py --tile 2 --ranks 4 --phases prefill --out results/llm_h200.json  # more rows for a file
 
 Prefill computes the logits of --batch sequences of --length tokens at once, with a cache, as a CUDA graph, on a GPU
 also compiled. Decoding feeds as many sequences --steps tokens, one after the other, from an empty cache, by the CPU's
@@ -102,7 +102,7 @@ def variants(
             yield SPARSE, compiled, sparse, pruned, facts
     for way in arguments.ways:
         for rank in arguments.ranks:
-            reference = make(partial(STLLinear, tile=4, rank=rank, **WAYS[way]))
+            reference = make(partial(STLLinear, tile=arguments.tile, rank=rank, **WAYS[way]))
             set_backend(reference, "torch")
             for backend in backends_of(arguments):
                 for fused in (False, True)[: 1 if backend == "torch" else 2]:
@@ -111,8 +111,9 @@ def variants(
                         fuse_llama(timed)
                     set_backend(timed, backend)
                     timed.load_state_dict(reference.state_dict(), assign=True)  # one copy in memory is enough
-                    name = f"stl r={rank} over {way}, {backend}{', fused' * fused}"
-                    facts = {"linear": "stl", "rank": rank, "way": way, "backend": backend, "fused": fused}
+                    name = f"stl t={arguments.tile} r={rank} over {way}, {backend}{', fused' * fused}"
+                    facts = {"linear": "stl", "tile": arguments.tile, "rank": rank, "way": way}
+                    facts |= {"backend": backend, "fused": fused}
                     for compiled in ways if fused or backend == "torch" else ways[:1]:
                         yield name, compiled, timed, reference, facts
 
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS), help="of what reads the same x"
     )
+    parser.add_argument("--tile", type=int, default=4, help="of STL")
     parser.add_argument("--batch", type=int, default=8, help="sequences")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence in prefill")
     parser.add_argument("--steps", type=int, default=32, help="tokens of a sequence in decoding")

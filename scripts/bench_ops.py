@@ -41,7 +41,7 @@ from stl.functional import encode_weight
 
 SHAPES = ["51200,384,1152", "51200,768,3072", "16384,2048,5632", "16384,4096,4096", "16384,4096,11008"]
 SHAPES += ["16384,8192,8192", "16384,16384,16384"]
-EXACT = {(4, 48): "exact48", (4, 49): "strassen"}  # tiles and ranks of bases that multiply exactly; the others: frames
+EXACT = {(2, 7): "strassen", (4, 48): "exact48", (4, 49): "strassen"}  # by tile and rank; the others: frames
 FIRST = 1024  # rows that are compared with float64
 
 

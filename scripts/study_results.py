@@ -56,7 +56,8 @@ def token_speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     fastest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         if rate := row.get("tokens_per_second"):
-            of = row["model"], row["linear"], row.get("rank"), row.get("way"), row.get("merged", False)
+            tile = row.get("tile", 4 if "rank" in row else None)  # files from before had no other
+            of = row["model"], row["linear"], tile, row.get("rank"), row.get("way"), row.get("merged", False)
             speed = fastest.setdefault(of, {"of": of})
             speed[row["phase"]] = max(rate, speed.get(row["phase"], 0.0))
     return [speed for speed in fastest.values() if "prefill" in speed]
@@ -70,7 +71,12 @@ def measured(run: Run, summary: dict[str, Any], results: Path) -> tuple[Any, ...
     if linear["type"] != "dense" and groups and set(groups) != set(REPLACED):
         return None
     way = config["linear"].get("row_axis") if linear["type"] == "stl" else None
-    return summary["model"], linear["type"], linear["rank"], way, config["model"].get("merged", False)
+    return (
+        summary["model"],
+        *(linear[key] for key in ("type", "tile", "rank")),
+        way,
+        config["model"].get("merged", False),
+    )
 
 
 def read_result(row: Row, results: Path, speeds: Sequence[dict[str, Any]]) -> Result:

@@ -26,8 +26,8 @@ BACKENDS = ("auto", "torch", "triton")
 TILES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # In a row of tiles, which one program then holds, by t; without and with gradients, of which a program holds more.
-MOST_NORMALISED_TILES = {2: (512, 256), 4: (512, 256), 8: (32, 32)}
-HIGHEST_RANK = 64  # the channels of a block of tiles stay in registers
+MOST_NORMALISED_TILES = {2: (2048, 1024), 4: (512, 256), 8: (32, 32)}
+HIGHEST_RANK = {2: 16, 4: 64, 8: 64}  # by t; the channels of a block of tiles stay in registers
 LEAST_WORK, LEAST_WORK_OF_TRAINING = 2**24, 2**26
 
 
@@ -75,8 +75,8 @@ def _impossible(x: Tensor, dtype: torch.dtype, tile: int, rank: int) -> str | No
     for name, value, allowed in (("tile", tile, TILES), ("dtype", dtype, DTYPES)):
         if value not in allowed:
             return f"has no {name} {value}, only {', '.join(str(choice) for choice in allowed)}; use backend='auto'"
-    if rank > HIGHEST_RANK:
-        return f"has ranks to {HIGHEST_RANK}, not {rank}; use backend='auto'"
+    if rank > HIGHEST_RANK[tile]:
+        return f"has ranks to {HIGHEST_RANK[tile]} with tile={tile}, not {rank}; use backend='auto'"
     # The operators would lose tangents silently.
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return "has no forward-mode derivatives and no transforms of torch.func; use backend='auto'"

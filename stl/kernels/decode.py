@@ -17,6 +17,7 @@ from stl.kernels.tiles import (
     divide_for_sums,
     load_basis,
     multiply,
+    shares_of,
     store_product,
     tile_places,
 )
@@ -26,13 +27,14 @@ from stl.kernels.tiles import (
 def _decode(
     y, stride_b, stride_n, stride_k, n, k, N, P, K,
     matrix, channels, bias, x, x_b, x_n, x_k, products,
-    T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, INPUT: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    INPUT: tl.constexpr,
 ):  # fmt: skip
-    """A program takes the same BLOCK tiles of ROWS rows of tiles, one row after the other. x, of y's shape, is what is
+    """A program takes the same BLOCK groups of ROWS rows of tiles, one row after the other. x, of y's shape, is what is
     added to y (RESIDUAL), or what is encoded again (INPUT)."""
     pid = tl.program_id(0)
-    blocks = tl.cdiv(K, BLOCK)
+    blocks = tl.cdiv(K, BLOCK * S)
     chunk = pid // blocks
     j = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     basis = load_basis(matrix, R, T, RP, TT)
@@ -42,7 +44,7 @@ def _decode(
         shift = by_column(bias, j, k, T, TT)
     for step in range(ROWS):
         p = chunk * ROWS + step
-        places, exist = channel_places(p, j, P, K, K, R, RP, FULL)
+        places, exist = channel_places(p, j, P, K, K, R, RP, S, FULL)
         coded = tl.load(channels + places, mask=exist, other=0.0)
         tiles = multiply(tl.trans(basis), coded, None, PRECISION)
         if BIAS:
@@ -88,7 +90,7 @@ def _launch(
         grid = divide_for_sums(tiling, dtype, rank)
     else:
         grid = divide(tiling, 128, 8 if dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=4)
-    products = channels.new_empty(grid.programs, *matrix.shape, dtype=torch.float32) if again else None
+    products = shares_of(matrix, tiling, grid) if again else None
     if y.numel():
         with torch.cuda.device_of(y):
             _decode[(grid.programs,)](

@@ -16,6 +16,7 @@ from stl.kernels.tiles import (
     divide_for_sums,
     load_basis,
     multiply,
+    shares_of,
     store_column_sums,
     store_product,
     tile_places,
@@ -26,12 +27,12 @@ from stl.kernels.tiles import (
 def _encode(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
     matrix, channels, others, products, sums,
-    T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr, FULL: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """A program takes the same BLOCK tiles of ROWS rows of tiles, one row after the other."""
+    """A program takes the same BLOCK groups of ROWS rows of tiles, one row after the other."""
     pid = tl.program_id(0)
-    blocks = tl.cdiv(K, BLOCK)
+    blocks = tl.cdiv(K, BLOCK * S)
     chunk = pid // blocks
     j = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     basis = load_basis(matrix, R, T, RP, TT)
@@ -42,7 +43,7 @@ def _encode(
         places, exists = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL)
         entries = tl.load(x + places, mask=exists, other=0.0)
         tiles = entries.to(matrix.dtype.element_ty)
-        places, exists = channel_places(p, j, P, K, K, R, RP, FULL)
+        places, exists = channel_places(p, j, P, K, K, R, RP, S, FULL)
         encoded = multiply(basis, tiles, None, PRECISION)
         tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exists)
         if PRODUCT:
@@ -86,7 +87,7 @@ def _launch(
         grid = divide(tiling, 128, 8 if dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=1)
     else:
         grid = divide_for_sums(tiling, dtype, rank)
-    products = None if others is None else x.new_empty(grid.programs, *matrix.shape, dtype=torch.float32)
+    products = None if others is None else shares_of(matrix, tiling, grid)
     sums = x.new_empty(grid.chunks, x.shape[2], dtype=torch.float32) if bias else None
     if channels.numel():
         with torch.cuda.device_of(x):

@@ -25,6 +25,7 @@ from stl.kernels.tiles import (
     load_basis,
     multiply,
     padded,
+    shares_of,
     store_column_sums,
     store_product,
     tiles_exist,
@@ -53,11 +54,11 @@ def _shift(bias, j, m, T: tl.constexpr, TT: tl.constexpr, BIAS: tl.constexpr):
 
 @triton.jit
 def _decoded(
-    channels, decoder, shift, p, j, P, M, width, R: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
-    FULL: tl.constexpr,
+    channels, decoder, shift, p, j, P, M, width, R: tl.constexpr, RP: tl.constexpr, S: tl.constexpr,
+    PRECISION: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """(offsets of channels, which of them exist, coded channels, decoded tiles with bias)."""
-    places, exist = channel_places(p, j, P, M, width, R, RP, FULL)
+    places, exist = channel_places(p, j, P, M, width, R, RP, S, FULL)
     coded = tl.load(channels + places, mask=exist, other=0.0)
     return places, exist, coded, multiply(tl.trans(decoder), coded, None, PRECISION) + shift
 
@@ -66,12 +67,12 @@ def _decoded(
 def _hidden(
     channels, decoder, bias, up, up_decoder, up_bias, encoder, output, n, m, N, P, M, width,
     T: tl.constexpr, R: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
-    TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
+    S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
     GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """A program takes the same BLOCK tiles of ROWS rows of tiles, one row after the other."""
-    blocks = tl.cdiv(M, BLOCK)
+    """A program takes the same BLOCK groups of ROWS rows of tiles, one row after the other."""
+    blocks = tl.cdiv(M, BLOCK * S)
     chunk = tl.program_id(0) // blocks
     j = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     decode, encode = load_basis(decoder, R, T, RP, TT), load_basis(encoder, R2, T, RP2, TT)
@@ -81,14 +82,14 @@ def _hidden(
         up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS)
     for step in range(ROWS):
         p = chunk * ROWS + step
-        _, _, _, tiles = _decoded(channels, decode, shift, p, j, P, M, width, R, RP, PRECISION, FULL)
+        _, _, _, tiles = _decoded(channels, decode, shift, p, j, P, M, width, R, RP, S, PRECISION, FULL)
         values = activate(tiles, ACTIVATION, LOW)
         if GATED:
-            _, _, _, factor = _decoded(up, up_decode, up_shift, p, j, P, M, width, RU, RPU, PRECISION, FULL)
+            _, _, _, factor = _decoded(up, up_decode, up_shift, p, j, P, M, width, RU, RPU, S, PRECISION, FULL)
             values *= factor
         values = tl.where(tiles_exist(p, j, N, P, n, m, T, TT, FULL), values, 0.0)
         encoded = multiply(encode, values.to(output.dtype.element_ty), None, PRECISION)
-        places, exist = channel_places(p, j, P, M, M, R2, RP2, FULL)
+        places, exist = channel_places(p, j, P, M, M, R2, RP2, S, FULL)
         tl.store(output + places, encoded.to(output.dtype.element_ty), mask=exist)
 
 
@@ -97,13 +98,13 @@ def _hidden_backward(
     channels, decoder, bias, up, up_decoder, up_bias, encoder, gradient,
     dchannels, ddecoder, dbias, dup, dup_decoder, dup_bias, dencoder, n, m, N, P, M, width,
     T: tl.constexpr, R: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
-    TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
+    S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
     GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """A program takes the same BLOCK tiles of ROWS rows of tiles, one row after the other."""
+    """A program takes the same BLOCK groups of ROWS rows of tiles, one row after the other."""
     pid = tl.program_id(0)
-    blocks = tl.cdiv(M, BLOCK)
+    blocks = tl.cdiv(M, BLOCK * S)
     chunk = pid // blocks
     j = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     decode, encode = load_basis(decoder, R, T, RP, TT), load_basis(encoder, R2, T, RP2, TT)
@@ -118,15 +119,15 @@ def _hidden_backward(
         up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS)
     for step in range(ROWS):
         p = chunk * ROWS + step
-        places, exist, coded, tiles = _decoded(channels, decode, shift, p, j, P, M, width, R, RP, PRECISION, FULL)
+        places, exist, coded, tiles = _decoded(channels, decode, shift, p, j, P, M, width, R, RP, S, PRECISION, FULL)
         tiles_are = tiles_exist(p, j, N, P, n, m, T, TT, FULL)
         values = activate(tiles, ACTIVATION, LOW)
-        places2, exist2 = channel_places(p, j, P, M, M, R2, RP2, FULL)
+        places2, exist2 = channel_places(p, j, P, M, M, R2, RP2, S, FULL)
         dcoded = tl.load(gradient + places2, mask=exist2, other=0.0)
         dtiles = tl.where(tiles_are, multiply(tl.trans(encode), dcoded, None, PRECISION), 0.0)
         if GATED:
             up_places, up_exist, up_coded, factor = _decoded(
-                up, up_decode, up_shift, p, j, P, M, width, RU, RPU, PRECISION, FULL
+                up, up_decode, up_shift, p, j, P, M, width, RU, RPU, S, PRECISION, FULL
             )  # fmt: skip
             dfactor = dtiles * values
             up_total += dfactor
@@ -163,7 +164,7 @@ def hidden(first: Coded, up: Coded | None, encoder: Tensor, activation: str, til
     """
     output = first.channels.new_empty(len(encoder), *first.channels.shape[1:])
     dtype = output.dtype
-    block = 64 if _highest_rank(first, up, encoder) > 32 else 128
+    block = 64 if _highest_rank(first, up, encoder) * tiling.group > 32 else 128
     grid = divide(tiling, block, 4 if dtype != torch.float32 else 8, MANY_PROGRAMS, most_rows=16)
     if output.numel():
         with torch.cuda.device_of(output):
@@ -198,7 +199,7 @@ def hidden_gradient(
         """Memory for the gradient of the channels, and for a share of each program in the others."""
         return Coded(
             channels,
-            gradient.new_empty(grid.programs, *of.decoder.shape, dtype=torch.float32),
+            shares_of(of.decoder, tiling, grid),
             None if of.bias is None else gradient.new_empty(grid.chunks, tiling.k, dtype=torch.float32),
         )
 
@@ -210,7 +211,7 @@ def hidden_gradient(
 
     dfirst = shares(first, dchannels[0])
     dup = None if up is None or dchannels[1] is None else shares(up, dchannels[1])
-    dencoder = gradient.new_empty(grid.programs, *encoder.shape, dtype=torch.float32)
+    dencoder = shares_of(encoder, tiling, grid)
     if gradient.numel():
         with torch.cuda.device_of(gradient):
             _hidden_backward[(grid.programs,)](
@@ -236,9 +237,9 @@ def _constants(
     return {
         **constants(tiling, rank, dtype, grid),
         "RU": up_rank,
-        "RPU": padded(up_rank),
+        "RPU": padded(up_rank * tiling.group),
         "R2": len(encoder),
-        "RP2": padded(len(encoder)),
+        "RP2": padded(len(encoder) * tiling.group),
         "BIAS": first.bias is not None,
         "GATED": up is not None,
         "UP_BIAS": up is not None and up.bias is not None,

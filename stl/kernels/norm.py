@@ -38,6 +38,7 @@ from stl.kernels.tiles import (
     load_basis,
     multiply,
     padded,
+    shares_of,
     store_column_sums,
     store_product,
     tile_places,
@@ -66,9 +67,9 @@ def norm_encode_gemm(samples: Tensor, norm: Norm, weight: Tensor, encoder: Tenso
 
 @triton.jit
 def _row_means(values, k, T: tl.constexpr, TT: tl.constexpr):
-    """Means over the k features of each row, (TT, BLOCK) → (TT, 1); a tile has T entries of a row."""
-    sums = tl.reshape(tl.sum(values, 1), (TT // T, T))
-    rows = tl.broadcast_to(tl.sum(sums, 1, keep_dims=True), (TT // T, T))
+    """Means over the k features of each row, (TT, BLOCK) → (TT, 1); a group has TT/T entries of a row."""
+    sums = tl.reshape(tl.sum(values, 1), (T, TT // T))
+    rows = tl.broadcast_to(tl.sum(sums, 1, keep_dims=True), (T, TT // T))
     return tl.reshape(rows, (TT,))[:, None] / k
 
 
@@ -90,8 +91,8 @@ def _load_normalised(
 def _norm_encode(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
     gain, shift, eps, matrix, channels,
-    T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr, FULL: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0)
     j = tl.arange(0, BLOCK)
@@ -102,7 +103,7 @@ def _norm_encode(
     if SHIFT:
         tiles = tl.where(exist, tiles + by_column(shift, j, k, T, TT), 0.0)
     encoded = multiply(load_basis(matrix, R, T, RP, TT), tiles.to(matrix.dtype.element_ty), None, PRECISION)
-    places, exist = channel_places(p, j, P, K, K, R, RP, FULL)
+    places, exist = channel_places(p, j, P, K, K, R, RP, S, FULL)
     tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exist)
 
 
@@ -110,8 +111,8 @@ def _norm_encode(
 def _norm_encode_backward(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
     gain, shift, eps, matrix, gradient, dx, dx_b, dx_n, dx_k, products, dgain, dshift,
-    T: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr, FULL: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS rows of tiles, one after the other."""
     pid = tl.program_id(0)
@@ -130,7 +131,7 @@ def _norm_encode_backward(
         if SHIFT:
             tiles = tl.where(exist, tiles + by_column(shift, j, k, T, TT), 0.0)
         tiles = tiles.to(matrix.dtype.element_ty)
-        places, exist_coded = channel_places(p, j, P, K, K, R, RP, FULL)
+        places, exist_coded = channel_places(p, j, P, K, K, R, RP, S, FULL)
         coded = tl.load(gradient + places, mask=exist_coded, other=0.0)
         again = multiply(basis, tiles, None, PRECISION)
         tl.store(gradient + places, again.to(gradient.dtype.element_ty), mask=exist_coded)  # `coded` has been read
@@ -201,7 +202,7 @@ def _norm_encode_gemm_backward(
     dsamples = sample_view(dx, rows_first)
     channels = torch.bmm(gradient, weight.mT)
     grid = _grid(tiling, 1024)
-    products = x.new_empty(grid.programs, *encoder.shape, dtype=torch.float32)
+    products = shares_of(encoder, tiling, grid)
     dgain = x.new_empty(grid.programs, tiling.k, dtype=torch.float32)
     dshift = None if shift is None else torch.empty_like(dgain)
     if channels.numel():
@@ -257,9 +258,9 @@ def _(gradient, x, gain, shift, weight, encoder, *_, **__) -> int:
 
 def _grid(tiling: Tiling, most_rows: int) -> Grid:
     """Whole rows of tiles for each program."""
-    columns = padded(tiling.columns)
-    rows = divide(tiling._replace(columns=columns), columns, 1, PROGRAMS, most_rows).rows
-    return Grid(columns, rows, 4 if tiling.columns <= 64 else 8, 1, ceil(tiling.rows / rows))
+    block = padded(tiling.groups)
+    rows = divide(tiling._replace(columns=block * tiling.group), block, 1, PROGRAMS, most_rows).rows
+    return Grid(block, rows, 4 if tiling.groups <= 64 else 8, 1, ceil(tiling.rows / rows))
 
 
 def _constants(tiling: Tiling, encoder: Tensor, centre: bool, shift: Tensor | None, grid: Grid) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def bench(tmp_path, monkeypatch):
 
 def test_every_way_is_measured_in_both_phases(bench):
     rows = bench()
-    names = ["dense", "stl r=16 over tokens, torch", "stl r=16 over batch, torch"]
+    names = ["dense", "stl t=4 r=16 over tokens, torch", "stl t=4 r=16 over batch, torch"]
     names += [f"{name}, merged" for name in names]
     assert [(row["phase"], row["method"]) for row in rows] == [(p, n) for p in ("prefill", "decode") for n in names]
     assert all(row["error"] < 1e-5 and row["tokens_per_second"] > 0 and row["ratio"] > 0 for row in rows)
@@ -46,7 +46,7 @@ def test_every_way_is_measured_in_both_phases(bench):
 def test_rows_that_are_not_measured_again_stay(bench, monkeypatch):
     once = bench("--phases", "decode", "--projections", "apart", "--ways", "tokens")
     rows = bench("--ways", "tokens", "--phases", "decode", "--projections", "apart", "--ranks", "24", "16")
-    names = ["dense", "stl r=24 over tokens, torch", "stl r=16 over tokens, torch"]
+    names = ["dense", "stl t=4 r=24 over tokens, torch", "stl t=4 r=16 over tokens, torch"]
     assert [row["method"] for row in rows] == names
     assert rows[0] not in once
     assert bench("--phases", "prefill", "--projections", "merged", "--ways", "batch")[:3] == rows

@@ -41,7 +41,7 @@ summary = dict(seed=int(words["seed"]), top1=10 * float(words["lr"]) + int(words
 summary |= dict(perplexity=summary["top1"], input_shape=[1, 1000])
 summary |= dict(params=4_000_000, epochs=2, wall_seconds=60.0, device="a GPU", git_commit="abc", date="2026-01-02T03")
 summary |= dict(overrides=overrides, macs=dict(linear=2_000_000, total=3_000_000), dataset="digits")
-linear = dict(type="stl", rank=16) if "model.weights" in words else dict(type="dense", rank=None)
+linear = dict(type="stl", tile=4, rank=16) if "model.weights" in words else dict(type="dense", tile=None, rank=None)
 summary |= dict(model="small", linear=linear)
 summary |= dict(flop_factor=dict(core=4.0, linear=2.7, total=2.4), versions=dict(torch="2.11.0"))
 (folder / "summary.json").write_text(json.dumps(summary))
@@ -281,6 +281,7 @@ def test_tokens_a_second_are_those_of_the_fastest_way(call, tmp_path):
         {**stl, "phase": "decode", "tokens_per_second": 10.0},
         {**stl, "phase": "decode", "tokens_per_second": None},  # wrong, not timed
         {**stl, "phase": "prefill", "way": "batch", "tokens_per_second": 9000.0},
+        {**stl, "phase": "prefill", "tile": 2, "tokens_per_second": 9000.0},
         {**stl, "phase": "prefill", "merged": True, "tokens_per_second": 8000.0},
         {"model": "small", "linear": "dense", "phase": "prefill", "tokens_per_second": 1000.0},
     ]

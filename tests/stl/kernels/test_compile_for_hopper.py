@@ -4,7 +4,13 @@ SHARED_MEMORY = 227 * 1024  # bytes that a block may take on an H100 or H200
 FEW = 128  # bytes, where the registers of a thread are 1020
 
 KERNELS = {"_encode", "_decode", "_hidden", "_hidden_backward", "_norm_encode", "_norm_encode_backward", "_add_up"}
-BASES = ["4,49,strassen,bfloat16", "4,24,frame,float32", "8,48,random,bfloat16", "8,64,hadamard,bfloat16"]
+BASES = [
+    "4,49,strassen,bfloat16",
+    "4,24,frame,float32",
+    "8,48,random,bfloat16",
+    "8,64,hadamard,bfloat16",
+    "2,7,strassen,bfloat16",
+]
 
 
 def test_every_kernel_compiles_for_an_h200_hardly_spills_and_reads_what_was_set():

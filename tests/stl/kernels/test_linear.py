@@ -252,7 +252,7 @@ def test_the_backward_pass_keeps_x_and_only_for_the_decoder_the_channels(train_b
     [
         ({"dtype": torch.float64}, "no dtype torch.float64, only torch.bfloat16, torch.float16, torch.float32"),
         ({"tile": 3, "rank": 9}, "no tile 3, only 2, 4, 8"),
-        ({"tile": 8, "rank": 65}, "ranks to 64, not 65"),
+        ({"tile": 8, "rank": 65}, "ranks to 64 with tile=8, not 65"),
     ],
 )
 def test_what_there_is_no_kernel_for_gets_one_line(change, said):
@@ -262,6 +262,12 @@ def test_what_there_is_no_kernel_for_gets_one_line(change, said):
     with pytest.raises(SettingError, match=said):
         stl_linear(*arguments, backend="triton")
     assert stl_linear(*arguments, backend="auto").shape == (2, 9)
+
+
+def test_channels_of_small_tiles_that_registers_do_not_hold():
+    assert kernels.use_triton("triton", torch.empty(4, device=DEVICE), 2, 16)
+    with pytest.raises(SettingError, match="ranks to 16 with tile=2, not 17; use backend='auto'"):
+        kernels.use_triton("triton", torch.empty(4, device=DEVICE), 2, 17)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
