@@ -2,7 +2,7 @@
 
     python scripts/bench_llm.py --out results/llm_h200.json          # TinyLlama-1.1B's shapes, 16,384 tokens
     python scripts/bench_llm.py --models llama_small --ranks 16 24 32 40 --out results/llm/speed.json  # for the table
-    python scripts/bench_llm.py --tile 2 --ranks 4 --phases prefill --out results/llm_h200.json  # more rows for a file
+    python scripts/bench_llm.py --models llama_small --tile 2 --ranks 4 --out results/llm/speed.json  # more rows of it
 
 Prefill computes the logits of --batch sequences of --length tokens at once, with a cache, as a CUDA graph, on a GPU
 also compiled. Decoding feeds as many sequences --steps tokens, one after the other, from an empty cache, by the CPU's
@@ -13,7 +13,8 @@ it is compiled only so. 2:4 is PyTorch's sparse kernels, on a GPU in 16 bits, ea
 cuSPARSELt's search finds.
 
 All that is measured of one model in one phase takes turns, and is written when these end. What else the file has, of
-the same machine and code, stays in it, with its bounds: the file's ceilings are those of the last run.
+the same machine and code, stays in it, with its bounds: the file's ceilings are those of the last run, and rows of two
+calls did not take turns.
 """
 
 import argparse
@@ -50,7 +51,7 @@ from torch import Tensor, nn
 from models.callbacks import write_json
 from models.semi_structured import DTYPES
 from models.sparse24 import Sparse24Linear
-from stl import SettingError, STLLinear, count_flops
+from stl import SettingError, STLLinear, count_flops, get_basis
 
 PROJECTIONS = ("apart", "merged")  # of what reads the same x
 SAME = ("gpu", "driver", "versions", "git_commit", "device", "dtype")  # what rows of one file have in common
@@ -197,6 +198,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="tokens of a sequence in decoding")
     add_options(parser, [16, 24], "results/llm.json")
     arguments = parser.parse_args()
+    for way in arguments.ways:
+        for rank in arguments.ranks:
+            get_basis(WAYS[way]["basis"], arguments.tile, rank)  # before minutes of what comes first
     result = go_on(arguments)
     for model in arguments.models:
         config = configuration(model)

@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 Row = dict[str, Any]
 WHAT = {"mlp": "MLP", "attention": "attention block"}
 HAVE_WIDTHS = ("bench_ops.py", "bench_blocks.py")
-USUAL_TILE = 4  # of which titles say nothing
+USUAL_TILE = 4  # of which titles and methods say nothing
 SPARSE = "2:4"  # whole models have it in inference only
 
 
@@ -83,11 +83,15 @@ def _groups(result: dict[str, Any]) -> Iterator[Group]:
         else:
             key = (f"linear layer, {result['pass']}{of_tile}: n, k, m", "bench_ops.py")
             shape = ", ".join(str(row[name]) for name in ("n", "k", "m"))
-        tables.setdefault(key, {})[shape, row["method"]] = row
+        tables.setdefault(key, {})[shape, _method(row["method"])] = row
     for (title, program), rows in tables.items():
         # A block or a model is compiled where it is to be fast; one layer leaves the compiler nothing to do.
         compiled = program != "bench_ops.py" and any(method == "dense, compiled" for _, method in rows)
         yield Group(title, program, "dense, compiled" if compiled else "dense", rows)
+
+
+def _method(name: str) -> str:
+    return name.replace(f"stl t={USUAL_TILE}", "stl")
 
 
 def _groups_of_models(result: dict[str, Any]) -> Iterator[Group]:
@@ -96,7 +100,7 @@ def _groups_of_models(result: dict[str, Any]) -> Iterator[Group]:
         rows = {}
         for row in result["models"]:
             if row.get("devices", 1) == 1 and (name, row["linear"]) != ("training", SPARSE):
-                words = [row["linear"].replace("stl t=4", "stl")]
+                words = [_method(row["linear"])]
                 words += [row["backend"]] if row["linear"] not in ("dense", SPARSE) and "backend" in row else []
                 words += ["fused"] if row.get("fused") else []
                 rates = {"seconds": f"{name}_images_per_second", "bound_seconds": f"{name}_bound_images_per_second"}

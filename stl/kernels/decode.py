@@ -17,7 +17,6 @@ from stl.kernels.tiles import (
     divide_for_sums,
     load_basis,
     multiply,
-    shares_of,
     store_product,
     tile_places,
 )
@@ -90,7 +89,7 @@ def _launch(
         grid = divide_for_sums(tiling, dtype, rank)
     else:
         grid = divide(tiling, 128, 8 if dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=4)
-    products = shares_of(matrix, tiling, grid) if again else None
+    products = channels.new_empty(grid.programs, *matrix.shape, dtype=torch.float32) if again else None
     if y.numel():
         with torch.cuda.device_of(y):
             _decode[(grid.programs,)](

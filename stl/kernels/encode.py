@@ -16,7 +16,6 @@ from stl.kernels.tiles import (
     divide_for_sums,
     load_basis,
     multiply,
-    shares_of,
     store_column_sums,
     store_product,
     tile_places,
@@ -87,7 +86,7 @@ def _launch(
         grid = divide(tiling, 128, 8 if dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=1)
     else:
         grid = divide_for_sums(tiling, dtype, rank)
-    products = None if others is None else shares_of(matrix, tiling, grid)
+    products = None if others is None else x.new_empty(grid.programs, *matrix.shape, dtype=torch.float32)
     sums = x.new_empty(grid.chunks, x.shape[2], dtype=torch.float32) if bias else None
     if channels.numel():
         with torch.cuda.device_of(x):

@@ -25,7 +25,6 @@ from stl.kernels.tiles import (
     load_basis,
     multiply,
     padded,
-    shares_of,
     store_column_sums,
     store_product,
     tiles_exist,
@@ -45,7 +44,7 @@ class Coded(NamedTuple):
 
 @triton.jit
 def _shift(bias, j, m, T: tl.constexpr, TT: tl.constexpr, BIAS: tl.constexpr):
-    """What the bias adds to the tiles j, (TT, BLOCK)."""
+    """What the bias adds to the groups j, (TT, BLOCK)."""
     if BIAS:
         return by_column(bias, j, m, T, TT)
     else:
@@ -199,7 +198,7 @@ def hidden_gradient(
         """Memory for the gradient of the channels, and for a share of each program in the others."""
         return Coded(
             channels,
-            shares_of(of.decoder, tiling, grid),
+            gradient.new_empty(grid.programs, *of.decoder.shape, dtype=torch.float32),
             None if of.bias is None else gradient.new_empty(grid.chunks, tiling.k, dtype=torch.float32),
         )
 
@@ -211,7 +210,7 @@ def hidden_gradient(
 
     dfirst = shares(first, dchannels[0])
     dup = None if up is None or dchannels[1] is None else shares(up, dchannels[1])
-    dencoder = shares_of(encoder, tiling, grid)
+    dencoder = gradient.new_empty(grid.programs, *encoder.shape, dtype=torch.float32)
     if gradient.numel():
         with torch.cuda.device_of(gradient):
             _hidden_backward[(grid.programs,)](

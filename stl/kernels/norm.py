@@ -38,7 +38,6 @@ from stl.kernels.tiles import (
     load_basis,
     multiply,
     padded,
-    shares_of,
     store_column_sums,
     store_product,
     tile_places,
@@ -202,7 +201,7 @@ def _norm_encode_gemm_backward(
     dsamples = sample_view(dx, rows_first)
     channels = torch.bmm(gradient, weight.mT)
     grid = _grid(tiling, 1024)
-    products = shares_of(encoder, tiling, grid)
+    products = x.new_empty(grid.programs, *encoder.shape, dtype=torch.float32)
     dgain = x.new_empty(grid.programs, tiling.k, dtype=torch.float32)
     dshift = None if shift is None else torch.empty_like(dgain)
     if channels.numel():

@@ -5,7 +5,7 @@ P = B·N is the number of rows of tiles. Channels are (R, P, K), contiguous, or 
 groups of one row of tiles p. A group is S tiles side by side, as many as fill what `tl.dot` takes: one, but four of
 tiles of 2. Its TT = S·T² entries are a column of (TT, BLOCK), row-major over all of the group, TT/T in a row; its
 channels are a column of (RP, BLOCK), channel q of its tile s in row q·S + s. RP is R·S rounded up to what `tl.dot`
-takes; the rest is zeros.
+takes; the rest is zeros. A number that is not finite in one tile of a group leaves none in the group.
 """
 
 from math import ceil, log2
@@ -99,11 +99,6 @@ def divide_for_sums(tiling: Tiling, dtype: torch.dtype, rank: int, block: int = 
     return divide(tiling, block, 1 if dtype != torch.float32 and rank * tiling.group <= 32 else 4, PROGRAMS)
 
 
-def shares_of(matrix: Tensor, tiling: Tiling, grid: Grid) -> Tensor:
-    """Memory for what `store_product` leaves of the gradient of a basis matrix (r, t²): float32 (shares, r, t²)."""
-    return matrix.new_empty(grid.programs * tiling.group, *matrix.shape, dtype=torch.float32)
-
-
 def constants(tiling: Tiling, rank: int, dtype: torch.dtype, grid: Grid) -> dict[str, Any]:
     """What a kernel is compiled for. FULL: whether all rows of its programs exist, all entries of the groups that
     exist, and all tiles of its blocks."""
@@ -139,23 +134,15 @@ def multiply(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_basis(matrix, R: tl.constexpr, T: tl.constexpr, RP: tl.constexpr, TT: tl.constexpr):
-    """An encoder or decoder (R, T²), the same for each tile of a group, as (RP, TT)."""
-    places, exist = basis_places(matrix, R, T, RP, TT)
-    return tl.load(places, mask=exist, other=0.0)
-
-
-@triton.jit
-def basis_places(matrix, R: tl.constexpr, T: tl.constexpr, RP: tl.constexpr, TT: tl.constexpr):
-    """Pointers to the entries (RP, TT) of a matrix (R, T²) in which each tile of a group meets its own channels, and
-    which of them exist."""
+    """An encoder or decoder (R, T²) as (RP, TT), in which each tile of a group meets its own channels."""
     S: tl.constexpr = TT // (T * T)
     row, e = tl.arange(0, RP)[:, None], tl.arange(0, TT)[None, :]
     exist = (row < R * S) & (e < TT)
     if S == 1:
-        return matrix + row * (T * T) + e, exist
+        return tl.load(matrix + row * (T * T) + e, mask=exist, other=0.0)
     column = e % (T * S)
-    places = matrix + row // S * (T * T) + e // (T * S) * T + column % T
-    return places, exist & (column // T == row % S)
+    exist = exist & (column // T == row % S)
+    return tl.load(matrix + row // S * (T * T) + e // (T * S) * T + column % T, mask=exist, other=0.0)
 
 
 @triton.jit
@@ -214,12 +201,15 @@ def by_column(vector, j, k, T: tl.constexpr, TT: tl.constexpr):
 
 @triton.jit
 def store_product(product, total, pid, R: tl.constexpr, T: tl.constexpr, RP: tl.constexpr, TT: tl.constexpr):
-    """One program's shares in the gradient of a basis matrix, one of each tile of its groups, from (RP, TT): to total
-    (programs·S, R, T²)."""
+    """One program's share of the gradient of a basis matrix, from (RP, TT), to total (programs, R, T²); of the tiles of
+    a group, each with its own channels, the sum."""
     S: tl.constexpr = TT // (T * T)
-    share = pid.to(tl.int64) * S + tl.arange(0, RP)[:, None] % S
-    places, exist = basis_places(total + share * (R * T * T), R, T, RP, TT)
-    tl.store(places, product, mask=exist)
+    if S > 1:
+        row, column = tl.arange(0, RP)[:, None], tl.arange(0, TT)[None, :] % (T * S)
+        own = tl.where(column // T == row % S, product, 0.0)
+        product = tl.reshape(tl.sum(tl.sum(tl.reshape(own, (RP // S, S, T, S, T)), 3), 1), (RP // S, T * T))
+    q, e = tl.arange(0, RP // S)[:, None], tl.arange(0, T * T)[None, :]
+    tl.store(total + (pid.to(tl.int64) * R + q) * (T * T) + e, product, mask=(q < R) & (e < T * T))
 
 
 @triton.jit

@@ -50,6 +50,10 @@ def test_rows_that_are_not_measured_again_stay(bench, monkeypatch):
     assert [row["method"] for row in rows] == names
     assert rows[0] not in once
     assert bench("--phases", "prefill", "--projections", "merged", "--ways", "batch")[:3] == rows
+    *_, small = bench("--phases", "decode", "--projections", "apart", "--ways", "tokens", "--tile", "2", "--ranks", "4")
+    assert (small["method"], small["tile"], small["rank"]) == ("stl t=2 r=4 over tokens, torch", 2, 4)
+    with pytest.raises(SettingError, match="basis='causal' has no tile=2 rank=16"):
+        bench("--tile", "2")
     monkeypatch.setattr(benchmarking, "git_commit", lambda: "another")
     with pytest.raises(SettingError, match=r"^\S+llm\.json is of another .* \(git_commit was .*, is another\); give"):
         bench()

@@ -124,7 +124,7 @@ def test_models(monkeypatch, tmp_path, capsys):
 
 def test_language_models_are_compared_with_the_compiled_model(monkeypatch, tmp_path, capsys):
     facts = {"model": "llama_small", "phase": "prefill", "batch": 2, "tokens": 16}
-    stl = row("stl r=16 over tokens, triton", 1e-3, 5e-4, rank=16)
+    stl = row("stl t=4 r=16 over tokens, triton", 1e-3, 5e-4, rank=16)
     rows = [facts | entry for entry in (row("dense", 4e-3), row("dense, compiled", 2e-3), stl)]
     text = run(monkeypatch, tmp_path, capsys, {"machine": MACHINE, "rows": rows})
     table, source = text.strip().split("\n\n")

@@ -80,9 +80,10 @@ def read(tool: str, *arguments: str) -> str:
 def main(tile: int, rank: int, name: str, dtype: torch.dtype) -> None:
     basis = get_basis(name, tile, rank)
     encoder, decoder = (matrix.to(dtype).requires_grad_() for matrix in (basis.encode_x, basis.decode))
-    width = 128 * tile
+    columns = 128 * max(1, 16 // tile**2)  # as many as a program takes at once in layers that are wide
+    width = columns * tile
     x, bias = (torch.ones(*size, width, dtype=dtype).requires_grad_() for size in ((2, 16), ()))
-    weight = torch.ones(rank, 128, 128, dtype=dtype).requires_grad_()
+    weight = torch.ones(rank, columns, columns, dtype=dtype).requires_grad_()
     layer = (weight, encoder, decoder, bias)
     for up, residual in ((None, None), (layer, x.detach().float())):  # as under autocast
         mlp.mlp(x, layer, up, layer, "gelu", "tokens", width, width, None, residual).sum().backward()

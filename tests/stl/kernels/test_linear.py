@@ -77,16 +77,18 @@ def test_every_rank(rank):
     assert_agree(operands((4, 5), 3, "random", 4, rank), torch.float32, 2e-6)
 
 
+@pytest.mark.parametrize("basis", [("hadamard", 4, 16), ("strassen", 2, 7)])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (147, 12, 3), (197, 36, 8), (8, 1000, 4), (4, 3, 1000)])
-def test_odd_sizes(sizes):
+def test_odd_sizes(sizes, basis):
     n, k, m = sizes
-    assert_agree(operands((n, k), m, "hadamard", 4, 16), torch.float32, 2e-6)
+    assert_agree(operands((n, k), m, *basis), torch.float32, 2e-6)
 
 
+@pytest.mark.parametrize("basis", [("hadamard", 4, 16), ("strassen", 2, 7)])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_sums_over_many_rows_of_tiles(rows, monkeypatch):
+def test_sums_over_many_rows_of_tiles(rows, basis, monkeypatch):
     monkeypatch.setattr("stl.kernels.tiles.PROGRAMS", 8 // rows)  # each takes several rows, the last fewer
-    assert_agree(operands((5, 13, 70), 75, "hadamard", 4, 16), torch.float32, 2e-6)
+    assert_agree(operands((5, 13, 142), 150, *basis), torch.float32, 2e-6)
 
 
 def test_tiles_that_are_all_full_in_rows_of_tiles_that_are_not(monkeypatch):
@@ -265,9 +267,9 @@ def test_what_there_is_no_kernel_for_gets_one_line(change, said):
 
 
 def test_channels_of_small_tiles_that_registers_do_not_hold():
-    assert kernels.use_triton("triton", torch.empty(4, device=DEVICE), 2, 16)
-    with pytest.raises(SettingError, match="ranks to 16 with tile=2, not 17; use backend='auto'"):
-        kernels.use_triton("triton", torch.empty(4, device=DEVICE), 2, 17)
+    assert kernels.use_triton("triton", torch.empty(4, device=DEVICE), 2, 8)
+    with pytest.raises(SettingError, match="ranks to 8 with tile=2, not 9; use backend='auto'"):
+        kernels.use_triton("triton", torch.empty(4, device=DEVICE), 2, 9)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

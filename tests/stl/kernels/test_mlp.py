@@ -78,6 +78,7 @@ def test_sums_over_many_rows_of_tiles(monkeypatch):
         monkeypatch.setattr(f"stl.kernels.{programs}", 3)
     assert_agree(mlp((5, 70, 9), up=(4, 16, "hadamard")), gaussian(5, 13, 5, seed=0))
     assert_agree(mlp((5, 76, 9), halves=True), gaussian(5, 13, 5, seed=0))
+    assert_agree(mlp((5, 138, 9), PAIRS[1], halves=True), gaussian(5, 13, 5, seed=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

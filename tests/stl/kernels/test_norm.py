@@ -61,6 +61,7 @@ def test_sums_over_many_rows_of_tiles(monkeypatch):
     monkeypatch.setattr("stl.kernels.norm.PROGRAMS", 3)  # each takes several, the last fewer
     for n in (13, 12):
         assert_agree(module(70, 9), gaussian(5, n, 70, seed=0))
+    assert_agree(module(142, 9, BASES[0]), gaussian(5, 13, 142, seed=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
