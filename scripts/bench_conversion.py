@@ -10,7 +10,6 @@ computed again: a stopped program goes on, and another command of the same run, 
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from itertools import islice
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarking import check_device, machine, refuse_other, run_main
+from benchmarking import check_device, earlier, machine, run_main
 from command_line import command_line
 from tables import origin, table
 from torch import Tensor, nn
@@ -145,19 +144,6 @@ def command_of(arguments: argparse.Namespace) -> str:
     return " ".join([*words, f"--images {arguments.images} --device {arguments.device}"])
 
 
-def begin(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The result that the file holds, or one without rows; raises SettingError where its rows are of other facts."""
-    if not path.exists():
-        return facts | {"commands": [], "rows": []}
-    try:
-        earlier = json.loads(path.read_text())
-        known = earlier | earlier["machine"]
-    except (ValueError, KeyError, TypeError):
-        raise SettingError(f"{path} is no result of this program; give --out another file") from None
-    refuse_other(path, known, facts | facts["machine"], SAME)
-    return earlier
-
-
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a training run with linear=dense")
@@ -178,7 +164,8 @@ def main() -> None:
     held_out = [(batch.to(device), labels.to(device)) for batch, labels in batches_of(data, "val")]
     facts: dict[str, Any] = {"machine": machine(), "device": device, "run": run, "images": sum(map(len, images))}
     facts |= {"held_out": sum(len(labels) for _, labels in held_out), "dense_top1": top1(model, held_out)}
-    result = begin(arguments.out, facts)
+    known = earlier(arguments.out, facts | facts["machine"], SAME)
+    result = known or facts | {"commands": [], "rows": []}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if (command := command_of(arguments)) not in result["commands"]:
         result["commands"].append(command)

@@ -19,7 +19,6 @@ calls did not take turns.
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -34,9 +33,9 @@ from benchmarking import (
     compile_fixed,
     compress_for,
     describe,
+    earlier,
     measure,
     refusal,
-    refuse_other,
     run_main,
     set_backend,
     tried,
@@ -165,10 +164,8 @@ def methods(arguments: argparse.Namespace, config: Any, phase: str, dtype: torch
 def go_on(arguments: argparse.Namespace) -> dict[str, Any]:
     """`begin`, with the rows that the file has. Raises SettingError where these are of another machine or code."""
     result = begin(arguments)
-    if arguments.out.exists():
-        earlier = json.loads(arguments.out.read_text())
-        refuse_other(arguments.out, earlier["machine"], result["machine"], SAME)
-        result["rows"] = earlier["rows"]
+    if known := earlier(arguments.out, result["machine"], SAME):
+        result["rows"] = known["rows"]
     return result
 
 

@@ -7,13 +7,12 @@ that differ only in how they learn are one model and measured once. The result, 
 `reproduce.py --build` puts into the table; what it has is not measured again.
 """
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarking import check_device, machine, refuse_other, run_main
+from benchmarking import check_device, earlier, machine, run_main
 from command_line import command_line
 from hydra import compose, initialize_config_dir
 from study import CONFIGS, SPEED, Row, chosen, model_settings, read_study
@@ -62,11 +61,7 @@ def main() -> None:
     mode = None if arguments.compile == "none" else arguments.compile
     here = machine() | {"precision": "bf16 autocast", "compile": mode, "device": arguments.device}
     how = How(arguments.repeats, compile_mode=mode, device=arguments.device)
-    rows: list[dict[str, Any]] = []
-    if out.exists():
-        earlier = json.loads(out.read_text())
-        refuse_other(out, earlier["machine"], here, SAME)
-        rows = earlier["models"]
+    rows: list[dict[str, Any]] = (earlier(out, here, SAME) or {"models": []})["models"]
     out.parent.mkdir(parents=True, exist_ok=True)
     for row in asked:
         if model_settings(row.runs[0].overrides) in [done["settings"] for done in rows]:

@@ -6,6 +6,7 @@ machine, measured in the same run, set to it.
 """
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -338,11 +339,22 @@ def machine() -> dict[str, Any]:
     }
 
 
-def refuse_other(path: Path, earlier: dict[str, Any], here: dict[str, Any], same: Iterable[str]) -> None:
-    """Raises SettingError where one of the facts that all rows of a file share was another when it was begun."""
-    changed = [f"{key} was {earlier.get(key)}, is {here[key]}" for key in same if earlier.get(key) != here[key]]
+def earlier(path: Path, here: dict[str, Any], same: Iterable[str]) -> dict[str, Any] | None:
+    """The result that a file holds, to go on with; None where there is no file.
+
+    Raises SettingError where it is no result, and where a fact that all its rows share, one of `same`, was another.
+    """
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        then = result | result["machine"]
+    except (ValueError, KeyError, TypeError):
+        raise SettingError(f"{path} is no result of a benchmark; give another file") from None
+    changed = [f"{key} was {then.get(key)}, is {here[key]}" for key in same if then.get(key) != here[key]]
     if changed:
         raise SettingError(f"{path} is of another machine or version ({'; '.join(changed)}); give another file")
+    return result
 
 
 def cpu() -> str:

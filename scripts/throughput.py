@@ -31,10 +31,10 @@ from benchmarking import (
     SPARSE,
     bound_seconds,
     compress_for,
+    earlier,
     machine,
     prune,
     reason,
-    refuse_other,
     relative_error,
     run_main,
     set_backend,
@@ -287,13 +287,8 @@ def seconds_a_call(run: Callable[[], object], how: How, device: torch.device) ->
 
 def read_rows(path: Path, here: dict[str, Any]) -> dict[Case, dict[str, Any]]:
     """The rows of a file that this machine and this code wrote; raises SettingError where another did."""
-    if not path.exists():
-        return {}
-    earlier = json.loads(path.read_text())
-    refuse_other(path, earlier["machine"], here, SAME)
-    return {
-        Case(**{key: row[key] for key in Case.__dataclass_fields__ if key in row}): row for row in earlier["models"]
-    }
+    rows = (earlier(path, here, SAME) or {"models": []})["models"]
+    return {Case(**{key: row[key] for key in Case.__dataclass_fields__ if key in row}): row for row in rows}
 
 
 def describe(row: dict[str, Any]) -> str:

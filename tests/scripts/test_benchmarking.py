@@ -215,3 +215,16 @@ def test_the_machine_is_described():
     assert facts["cpu"]
     assert facts["cpu_cores"] >= 1
     assert {"gpu", "driver", "versions", "git_commit", "date"} <= set(facts)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"machine": 1}'])
+def test_a_file_to_go_on_with_is_a_result(tmp_path, text):
+    path = tmp_path / "speed.json"
+    assert benchmarking.earlier(path, {}, ()) is None
+    path.write_text(text)
+    with pytest.raises(SettingError, match=r"speed\.json is no result of a benchmark; give another file$"):
+        benchmarking.earlier(path, {}, ())
+    path.write_text('{"machine": {"gpu": "one"}, "images": 8}')
+    assert benchmarking.earlier(path, {"gpu": "one", "images": 9}, ["gpu"])["images"] == 8
+    with pytest.raises(SettingError, match=r"of another machine or version \(images was 8, is 9\); give another file$"):
+        benchmarking.earlier(path, {"gpu": "one", "images": 9}, ["gpu", "images"])
