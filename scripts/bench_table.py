@@ -85,9 +85,15 @@ def _groups(result: dict[str, Any]) -> Iterator[Group]:
             shape = ", ".join(str(row[name]) for name in ("n", "k", "m"))
         tables.setdefault(key, {})[shape, _method(row["method"])] = row
     for (title, program), rows in tables.items():
-        # A block or a model is compiled where it is to be fast; one layer leaves the compiler nothing to do.
-        compiled = program != "bench_ops.py" and any(method == "dense, compiled" for _, method in rows)
-        yield Group(title, program, "dense, compiled" if compiled else "dense", rows)
+        yield Group(title, program, _yardstick(program, [method for _, method in rows]), rows)
+
+
+def _yardstick(program: str, methods: list[str]) -> str:
+    """A dense one, merged only where all are. A block or a model is compiled where it is to be fast; one layer leaves
+    the compiler nothing to do."""
+    compiled = program != "bench_ops.py"
+    dense = [method for method in methods if method.split(", ")[0] == "dense"]
+    return min(dense, key=lambda name: ("merged" in name, ("compiled" in name) != compiled), default="dense")
 
 
 def _method(name: str) -> str:

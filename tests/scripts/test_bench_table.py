@@ -135,6 +135,16 @@ def test_language_models_are_compared_with_the_compiled_model(monkeypatch, tmp_p
     assert "`scripts/bench_llm.py`" in source
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_merged_models_are_compared_with_a_merged_one_where_there_is_no_other(monkeypatch, tmp_path, capsys, apart):
+    facts = {"model": "llama_small", "phase": "prefill", "batch": 2, "tokens": 16}
+    rows = [row("dense, merged", 8e-3), row("dense, merged, compiled", 4e-3), row("2:4, merged", 2e-3)]
+    rows += [row("dense", 2e-3)] if apart else []
+    text = run(monkeypatch, tmp_path, capsys, {"machine": MACHINE, "rows": [facts | entry for entry in rows]})
+    cells = "0.25 (2.00) | 0.50 (2.00) | 1.00 (2.00) | 2 ms" if apart else "0.50 (4.00) | 4 ms | 2.00 (4.00)"
+    assert f"| llama_small, 2 × 8 | {cells} |" in text
+
+
 def bounded(linear, rate, inference, training, **more):
     bounds = {"inference_bound_images_per_second": inference, "training_bound_images_per_second": training}
     return model(linear, rate, **bounds, **more)
