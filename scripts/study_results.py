@@ -71,12 +71,8 @@ def measured(run: Run, summary: dict[str, Any], results: Path) -> tuple[Any, ...
     if linear["type"] != "dense" and groups and set(groups) != set(REPLACED):
         return None
     way = config["linear"].get("row_axis") if linear["type"] == "stl" else None
-    return (
-        summary["model"],
-        *(linear[key] for key in ("type", "tile", "rank")),
-        way,
-        config["model"].get("merged", False),
-    )
+    merged = config["model"].get("merged", False)
+    return summary["model"], linear["type"], linear["tile"], linear["rank"], way, merged
 
 
 def read_result(row: Row, results: Path, speeds: Sequence[dict[str, Any]]) -> Result:

@@ -23,11 +23,11 @@ def _has_triton() -> bool:
 HAS_TRITON = _has_triton()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("auto", "torch", "triton")
-TILES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # In a row of tiles, which one program then holds, by t; without and with gradients, of which a program holds more.
 MOST_NORMALISED_TILES = {2: (2048, 1024), 4: (512, 256), 8: (32, 32)}
 HIGHEST_RANK = {2: 8, 4: 64, 8: 64}  # by t; the channels of a block of tiles stay in registers
+TILES = tuple(HIGHEST_RANK)
 LEAST_WORK, LEAST_WORK_OF_TRAINING = 2**24, 2**26
 
 

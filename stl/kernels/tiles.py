@@ -175,9 +175,7 @@ def tiles_exist(p, j, N, P, n, k, T: tl.constexpr, TT: tl.constexpr, FULL: tl.co
 
 
 @triton.jit
-def channel_places(
-    p, j, P, K, width, R: tl.constexpr, RP: tl.constexpr, S: tl.constexpr, FULL: tl.constexpr
-):  # fmt: skip
+def channel_places(p, j, P, K, width, R: tl.constexpr, RP: tl.constexpr, S: tl.constexpr, FULL: tl.constexpr):
     """Offsets (RP, BLOCK) of the channels of the groups j in the row of tiles p, which are `width` from row to row in
     memory, and which of them exist."""
     row = tl.arange(0, RP)[:, None]
