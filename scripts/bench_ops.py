@@ -66,6 +66,13 @@ def basis_of(tile: int, rank: int) -> Basis:
     return get_basis(EXACT.get((tile, rank), "frame"), tile, rank)
 
 
+def encoded(w: Tensor, tile: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight (r, K, M) of the dense w (m, k), with its encoder and decoder (r, t²)."""
+    basis = basis_of(tile, rank)
+    weight = encode_weight(w.T.double(), basis.encode_w.to(w.device)).to(w.dtype)
+    return weight, basis.encode_x.to(w), basis.decode.to(w)
+
+
 def product(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     """The first rows of the dense layer in float64."""
     return F.linear(x[:FIRST].double(), w.double(), bias.double())
@@ -102,9 +109,7 @@ def methods(
         if not backward:
             yield sparse(x, w, bias)
     for rank in ranks:
-        basis = basis_of(tile, rank)
-        matrices = [matrix.to(device, dtype) for matrix in (basis.encode_x, basis.decode)]
-        weight = encode_weight(w.T.double(), basis.encode_w.to(device)).to(dtype)
+        weight, *matrices = encoded(w, tile, rank)
         tiles = -(-n // tile)
         macs = tiles * passes * (weight.numel() + tile**2 * rank * (weight.shape[1] + weight.shape[2]))
         for backend in backends:

@@ -1,4 +1,4 @@
-"""Markdown tables and a plot of what bench_ops.py, bench_blocks.py, bench_models.py and bench_llm.py wrote.
+"""Markdown tables and a plot of what bench_ops.py, _parts.py, _blocks.py, _models.py and _llm.py wrote.
 
     python scripts/bench_table.py results/ops_h200.json --plot results/speed_h200.png > results/speed_h200.md
 
@@ -62,7 +62,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Group]]:
         origin(result["machine"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = str(error) if isinstance(error, OSError) else "is not what a benchmark writes"
-        known = "bench_ops.py, bench_blocks.py, bench_models.py or bench_llm.py"
+        known = "bench_ops.py, bench_parts.py, bench_blocks.py, bench_models.py or bench_llm.py"
         sys.exit(f"error: {path}: {what}; give files of {known}")
     return result["machine"], groups
 
@@ -81,7 +81,9 @@ def _groups(result: dict[str, Any]) -> Iterator[Group]:
             key = (f"{row['phase']}: model, sequences × tokens", "bench_llm.py")
             shape = f"{row['model']}, {row['batch']} × {row['tokens'] // row['batch']}"
         else:
-            key = (f"linear layer, {result['pass']}{of_tile}: n, k, m", "bench_ops.py")
+            parts = "part" in row
+            which = "forward, in parts" if parts else result["pass"]
+            key = (f"linear layer, {which}{of_tile}: n, k, m", "bench_parts.py" if parts else "bench_ops.py")
             shape = ", ".join(str(row[name]) for name in ("n", "k", "m"))
         tables.setdefault(key, {})[shape, _method(row["method"])] = row
     for (title, program), rows in tables.items():
@@ -91,7 +93,7 @@ def _groups(result: dict[str, Any]) -> Iterator[Group]:
 def _yardstick(program: str, methods: list[str]) -> str:
     """A dense one, merged only where all are. A block or a model is compiled where it is to be fast; one layer leaves
     the compiler nothing to do."""
-    compiled = program != "bench_ops.py"
+    compiled = program not in ("bench_ops.py", "bench_parts.py")
     dense = [method for method in methods if method.split(", ")[0] == "dense"]
     return min(dense, key=lambda name: ("merged" in name, ("compiled" in name) != compiled), default="dense")
 
