@@ -6,11 +6,11 @@
 
 Prefill computes the logits of --batch sequences of --length tokens at once, with a cache, as a CUDA graph, on a GPU
 also compiled. Decoding feeds as many sequences --steps tokens, one after the other, from an empty cache, by the CPU's
-launches as generation does. Weights are random: they change no time. All ways come with projections apart, as
-transformers has them, and merged: one layer where several read the same x. Each is held against itself in higher
-precision before it is timed. By the kernels STL comes as it is and fused: MLPs, and norms where projections are merged;
-it is compiled only so. 2:4 is PyTorch's sparse kernels, on a GPU in 16 bits, each layer with the algorithm that
-cuSPARSELt's search finds.
+launches as generation does, and on a GPU also as a CUDA graph of all steps: what is left without these. Weights are
+random: they change no time. All ways come with projections apart, as transformers has them, and merged: one layer where
+several read the same x. Each is held against itself in higher precision before it is timed. By the kernels STL comes as
+it is and fused: MLPs, and norms where projections are merged; it is compiled only so. 2:4 is PyTorch's sparse kernels,
+on a GPU in 16 bits, each layer with the algorithm that cuSPARSELt's search finds.
 
 All that is measured of one model in one phase takes turns, and is written when these end. What else the file has, of
 the same machine and code, stays in it, with its bounds: the file's ceilings are those of the last run, and rows of two
@@ -20,6 +20,7 @@ calls did not take turns.
 import argparse
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,7 @@ from benchmarking import (
     earlier,
     measure,
     refusal,
+    repeatable,
     run_main,
     set_backend,
     tried,
@@ -136,7 +138,7 @@ def decode(model: Any, ids: Tensor) -> tuple[Tensor, ...]:
 
 
 def methods(arguments: argparse.Namespace, config: Any, phase: str, dtype: torch.dtype) -> Iterator[Method]:
-    """Each way as it is; on a GPU in prefill also compiled."""
+    """Each way as it is; on a GPU in prefill also compiled, and in decoding as a CUDA graph."""
     run = {"prefill": prefill, "decode": decode}[phase]
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     length = arguments.length if phase == "prefill" else arguments.steps
@@ -159,7 +161,12 @@ def methods(arguments: argparse.Namespace, config: Any, phase: str, dtype: torch
             if compiled:
                 name, timed = f"{name}, compiled", compile_fixed(timed)
             method = Method(name, partial(run, timed, ids), wanted, macs, numbers, facts, phase == "prefill", refused)
-            yield tried(method) if (compiled or facts["linear"] == "sparse24") and refused is None else method
+            if (compiled or facts["linear"] == "sparse24") and refused is None:
+                method = tried(method)
+            yield method
+            if phase == "decode" and arguments.device == "cuda" and method.refused is None:
+                why_not = refusal(partial(repeatable, method.run, "cuda"))
+                yield replace(method, name=f"{name}, as a graph", graph=True, refused=why_not)
 
 
 def go_on(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -97,6 +97,12 @@ def test_it_generates_the_same_with_a_cache_and_without(way, batch, options):
         assert torch.equal(got, wanted)  # beams change places, and tiles over the batch mix their neighbours
 
 
+def test_over_the_batch_it_generates_with_a_static_cache():
+    model, options = llama(WAYS["batch"]), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    static = model.generate(ids(3, 5), cache_implementation="static", **options)
+    assert torch.equal(static, model.generate(ids(3, 5), use_cache=False, **options))
+
+
 def test_left_padded_sequences_generate_the_same_with_a_cache_and_without():
     model, x = llama(WAYS["tokens"]), ids(2, 5)
     mask = torch.ones_like(x)
