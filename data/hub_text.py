@@ -90,9 +90,10 @@ class HubDocuments:
             except Exception as error:  # OSError, httpx's, aiohttp's, zstandard's …
                 reason = " ".join(str(error).split()) or type(error).__name__
                 if failures == len(PAUSES):
+                    otherwise = "set data.tokens to fewer" if done else "give text of this machine, data=text"
                     raise SettingError(
                         f"{self.setting} cannot be read on after {done} documents and {1 + failures} attempts: "
-                        f"{reason}; repair the connection and start again, or set data.tokens to fewer"
+                        f"{reason}; repair the connection and start again, or {otherwise}"
                     ) from error
                 pause = PAUSES[failures]
                 failures += 1

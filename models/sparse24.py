@@ -28,7 +28,8 @@ class Sparse24Linear(RivalLinear):
 
     The gradient of the pruned weight goes straight to the dense one, and `decay` times what was pruned is added to it
     (SR-STE) in every backward pass: accumulated gradients have it as often as they are accumulated, and the loss scale
-    of float16 does not enlarge it.
+    of float16 does not enlarge it. With `fixed_mask` the two are chosen once, when the weight is drawn or loaded: the
+    others are 0 from then on, and have no gradient and no decay.
 
     The MACs are those of a kernel for 2:4 sparsity, half a dense layer's where there are whole groups; what is computed
     here is dense; `models.semi_structured` has it computed sparsely. Raises SettingError for a negative decay, or an
@@ -39,14 +40,23 @@ class Sparse24Linear(RivalLinear):
     input_norm: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, decay: float = 2e-4, pruning: str = "magnitude"
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        decay: float = 2e-4,
+        pruning: str = "magnitude",
+        fixed_mask: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias)
         if not 0 <= decay < float("inf"):
             raise SettingError(f"decay={decay} must be a number that is not negative")
         if pruning not in PRUNINGS:
             raise SettingError(f"pruning={pruning!r} is unknown; choose one of {', '.join(PRUNINGS)}")
-        self.decay, self.pruning = decay, pruning
+        if not isinstance(fixed_mask, bool):
+            raise SettingError(f"fixed_mask={fixed_mask!r} must be true or false")
+        self.decay, self.pruning, self.fixed_mask = decay, pruning, fixed_mask
         self.register_buffer("input_norm", torch.ones(in_features) if pruning == "wanda" else None)
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.reset_parameters()
@@ -56,6 +66,7 @@ class Sparse24Linear(RivalLinear):
         self.weight.normal_()
         kept = self.weight * two_of_four(self.weight)
         self.weight.mul_(std / kept.square().mean().sqrt())
+        self._fix_mask()
 
     @torch.no_grad()
     def load_dense(self, weight: Tensor, bias: Tensor | None = None, input_norm: Tensor | None = None) -> None:
@@ -72,10 +83,16 @@ class Sparse24Linear(RivalLinear):
             self.bias.copy_(bias)
         if self.input_norm is not None and input_norm is not None:
             self.input_norm.copy_(input_norm)
+        self._fix_mask()
+
+    def _fix_mask(self) -> None:
+        """Zeros without a gradient stay the two smallest of four."""
+        if self.fixed_mask:
+            self.weight.copy_(self.pruned())
 
     def pruned(self) -> Tensor:
         """What it multiplies with, (m, k)."""
-        return _Pruned.apply(self.weight, self.input_norm, self.decay)
+        return _Pruned.apply(self.weight, self.input_norm, None if self.fixed_mask else self.decay)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.pruned(), self.bias)
@@ -85,7 +102,8 @@ class Sparse24Linear(RivalLinear):
         return prod(shape[:-1]) * self.out_features * ((self.in_features - rest) // 2 + rest)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, decay={self.decay}, pruning={self.pruning!r}"
+        own = f"decay={self.decay}, pruning={self.pruning!r}, fixed_mask={self.fixed_mask}"
+        return f"{super().extra_repr()}, {own}"
 
 
 def two_of_four(weight: Tensor) -> Tensor:
@@ -104,7 +122,8 @@ def two_of_four(weight: Tensor) -> Tensor:
 
 class _Pruned(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, input_norm: Tensor | None, decay: float) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, input_norm: Tensor | None, decay: float | None) -> Tensor:
+        """The weight with two zeros in every four; a decay of None passes no gradient to what is pruned."""
         mask = two_of_four(weight if input_norm is None else weight * input_norm)
         ctx.save_for_backward(weight, mask)
         ctx.decay = decay
@@ -113,6 +132,8 @@ class _Pruned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         weight, mask = ctx.saved_tensors
+        if ctx.decay is None:
+            return gradients[0].masked_fill(~mask, 0), None, None
         return gradients[0] + ctx.decay * weight.masked_fill(mask, 0), None, None
 
 

@@ -31,7 +31,8 @@ def mean_and_deviation(numbers: Sequence[float]) -> str:
 
 
 def against(result: Result, baseline: Result | None, metric: Metric) -> tuple[str, str]:
-    """The mean difference over the seeds that both have, and the p of the one-sided paired t-test for "better"."""
+    """The mean difference over the seeds that both have, and the p of the one-sided paired t-test for "better", where
+    they may be paired."""
     if baseline is None or result is baseline:
         return "", ""
     seeds = [seed for seed in result.summaries if seed in baseline.summaries]
@@ -42,8 +43,19 @@ def against(result: Result, baseline: Result | None, metric: Metric) -> tuple[st
     better = "greater" if metric.higher_is_better else "less"
     if len(seeds) == 1 or len({round(a - b, 9) for a, b in zip(own, other, strict=True)}) == 1:
         return f"{difference:+.2f}", "–"  # the test wants differences that differ
+    if not may_be_paired(result, baseline):
+        return f"{difference:+.2f}", "–"
     p = ttest_rel(own, other, alternative=better).pvalue
     return f"{difference:+.2f}", "<.001" if p < 0.001 else f"{p:.3f}"
+
+
+def may_be_paired(result: Result, baseline: Result) -> bool:
+    """Whether runs of one seed began alike. Those that begin with the checkpoint of another run may have had another
+    one where they are of another commit."""
+    if not result.row.runs[0].start:
+        return True
+    commits = {summary["git_commit"] for of in (result, baseline) for summary in of.summaries.values()}
+    return len(commits) == 1
 
 
 def speed_cells(result: Result, metric: Metric) -> list[str]:
@@ -116,9 +128,9 @@ def write_report(study: Study, results: Path) -> list[Path]:
         text = [cells(result, baseline, study.metric, columns) for result in rows]
         markdown += [f"## {section.title}", table(columns, text)]
         if baseline:
-            markdown.append(
-                f"The baseline is {baseline.row.folder}; p is of a one-sided paired t-test over common seeds."
-            )
+            note = f"The baseline is {baseline.row.folder}; p is of a one-sided paired t-test over common seeds"
+            started = any(result.row.runs[0].start for result in rows)
+            markdown.append(f"{note}{', of one commit, and so of one start' * started}.")
         if any(result.summaries for result in rows):
             markdown.append(f"<sub>{origin(rows)}</sub>")
         latex.append(to_latex(section.title, columns, text))

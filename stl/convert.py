@@ -26,16 +26,18 @@ class ConversionReport:
     Of trained layers, `calibrated` maps the name of each STL layer ("attn.q_proj" inside an attention module) to its
     errors, effective input rank and MACs before and after calibration, or to why its weight stayed uncalibrated, and
     `assumed` says what stood in for the data where there was none. Both are empty otherwise.
+    `streams` says how a model that generates text is to be used with tiles over its tokens, and is empty otherwise.
     """
 
     swapped: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     calibrated: dict[str, LayerCalibration | str] = field(default_factory=dict)
     assumed: str = ""
+    streams: str = ""
 
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} linear layers swapped, {len(self.left)} left"]
-        lines += [f"  {self.assumed}"] * bool(self.assumed)
+        lines += [f"  {said}" for said in (self.assumed, self.streams) if said]
         lines += [f"  swapped  {name}: {what}" for name, what in self.swapped.items()]
         lines += [f"  left     {name}: {why}" for name, why in self.left.items()]
         for name, what in self.calibrated.items():
@@ -78,7 +80,9 @@ def convert(
         causal: the model's tokens must not see later ones; by default where it generates text, as `can_generate()` of
             transformers' models says. What would let them is refused: tiles along the tokens with a basis that is not
             causal (`Basis.causal`). Exact ones are not either, but for `products`: later tokens change their rounding.
-            What is promised is that no earlier output changes, to the bit, where the numbers are finite.
+            What is promised is that no earlier output changes, to the bit, where the numbers are finite, of a model of
+            which that was true before: with eager attention a row of padding that may see nothing sees the mean of all
+            tokens in transformers' models, and passes it on in its tile (`models.language.llama` has that mended).
 
     A layer that sees one row a sample, as class heads do, costs r/t² times the dense one: leave it out with `exclude`.
     Models that hand `layer.weight` to a function themselves (some of timm's with a joint query-key-value layer, say)
@@ -97,8 +101,8 @@ def convert(
     matrices = get_basis(basis, tile, rank)
     if row_axis not in ROW_AXES:
         raise SettingError(f"row_axis={row_axis!r} is unknown; choose one of {', '.join(ROW_AXES)}")
-    if causal is None:
-        causal = bool(getattr(model, "can_generate", bool)())
+    generates = causal is None and bool(getattr(model, "can_generate", bool)())
+    causal = generates if causal is None else causal
     if causal and row_axis == "tokens" and not matrices.causal:
         raise SettingError(
             f"causal=True with basis={basis!r} and row_axis='tokens': tokens of a tile would see later ones; use "
@@ -132,6 +136,8 @@ def convert(
     _check_patterns("exclude", exclude, places)
 
     report = ConversionReport()
+    if generates and row_axis == "tokens":
+        report.streams = "with a cache it computes as at once within stl.Streaming only; or set use_cache=False"
     reasons = _reasons_to_stay(model)
     places_of: dict[nn.Module, list[_Place]] = {}
     for place in places:

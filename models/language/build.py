@@ -67,6 +67,7 @@ def build_llama(
         config = STLLlamaConfig(**{**sizes, "vocab_size": sizes.get("vocab_size") or tokens})
     except (ValueError, StrictDataclassError) as error:
         raise SettingError(f"model: {' '.join(str(error).split())}") from error
+    _check_heads(config)
     if tokens > config.vocab_size:
         raise SettingError(f"model.vocab_size={config.vocab_size} is below the {tokens} tokens of data.tokenizer")
     if length > config.max_position_embeddings:
@@ -89,6 +90,8 @@ def build_llama(
             raise SettingError(f"model.{setting}={value} fits nothing where all layers are dense; leave it out")
     if kind is Sparse24Linear and calibrate_basis:
         raise SettingError("model.calibrate_basis=True is for STL layers; set it to false")
+    if kind is Sparse24Linear and weights and not calibration and keywords.get("pruning") == "wanda":
+        raise SettingError("linear.pruning=wanda needs data; set model.calibration=64, or linear.pruning=magnitude")
     if kind is Sparse24Linear and calibration and keywords.get("pruning") != "wanda":
         raise SettingError(f"model.calibration={calibration} fits nothing with linear.pruning=magnitude; set it to 0")
     check_groups(linear_groups, config.tie_word_embeddings)
@@ -109,6 +112,18 @@ def build_llama(
             raise SettingError("linear.pruning=wanda needs trained weights; set model.weights as well")
         _swap(model, patterns(linear_groups), linear, weights is not None, batches)
     return model.train() if batches is None else model.cpu().train()
+
+
+def _check_heads(config: Any) -> None:
+    """Raises SettingError where heads cannot be cut as the sizes say, which transformers finds out as it computes."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        raise SettingError(f"model.num_key_value_heads={groups} must divide model.num_attention_heads={heads}")
+    if config.head_dim % 2:
+        raise SettingError(
+            f"model.hidden_size={config.hidden_size} with {heads} heads leaves each {config.head_dim} features; "
+            "rotary positions need an even number"
+        )
 
 
 def _swap(

@@ -55,8 +55,8 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
     def from_pretrained(
         cls, *arguments: Any, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **named: Any
     ) -> Any:
-        """As that of `LlamaForCausalLM`. Raises SettingError, with both sides, where weights are of other sizes, and
-        where config.json has other STL layers than were saved."""
+        """As that of `LlamaForCausalLM`. Raises SettingError, with both sides, where weights are of other sizes, where
+        config.json has other STL layers than were saved, and where weights are missing."""
         read: Any = super().from_pretrained
         model, info = read(*arguments, output_loading_info=True, ignore_mismatched_sizes=True, **named)
         if info["mismatched_keys"] and not ignore_mismatched_sizes:
@@ -64,8 +64,7 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
             raise SettingError(
                 f"{key}: the folder has {tuple(theirs)}, the model {tuple(ours)}; make config.json agree"
             )
-        if model.config.stl is not None:
-            model._check_layers(set(info["missing_keys"]))
+        model._check_layers(set(info["missing_keys"]))
         return (model, info) if output_loading_info else model
 
     def _check_layers(self, missing: set[str]) -> None:
@@ -77,9 +76,8 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
                 missing.remove(f"{name}.spec")
                 layer.reset_spec()
         if missing:
-            raise SettingError(
-                f"the folder has no {min(missing)}, and config.json has stl={self.config.stl}; make it agree"
-            )
+            wants = "is of a model with it" if self.config.stl is None else f"has stl={self.config.stl}"
+            raise SettingError(f"the folder has no {min(missing)}, and config.json {wants}; make it agree")
 
     def merge(self) -> None:
         """Make one layer of those that read the same x, in place, where that is not done yet.

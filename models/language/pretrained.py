@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from transformers import AutoConfig, LlamaConfig
 
 from models.checkpoint import UNSHAPED, check_vocabulary, load_checkpoint
@@ -56,7 +57,7 @@ def _from_hub(source: str, setting: str) -> STLLlamaForCausalLM:
         config = _dense(own)
         if config is not None:
             return STLLlamaForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error.__cause__, HFValidationError):
             reason = "there is no such folder, and no such name can be on the hub"

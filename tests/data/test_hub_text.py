@@ -69,6 +69,14 @@ def test_a_stream_that_breaks_off_goes_on_where_it_was(hub, caplog):
     assert "data.dataset='a/text' data.split='train' broke off after 27 documents, next attempt in 1 s" in caplog.text
 
 
+def test_a_stream_that_never_begins_is_named(hub):
+    hub.breaks[:] = [0] * 9
+    with pytest.raises(
+        SettingError, match=r"after 0 documents and 5 attempts: .*; repair the connection .* or give text"
+    ):
+        list(HubDocuments("a/text", "train"))
+
+
 def test_a_stream_that_does_not_go_on_is_named(hub):
     hub.breaks[:] = [12] * 9
     with pytest.raises(SettingError) as caught:

@@ -155,6 +155,7 @@ def test_samples_do_not_see_each_other(name):
         ("low_rank", {"factor": 0.5}, "factor=0.5 must be a number from 1 on"),
         ("monarch", {"factor": float("nan")}, "factor=nan must be a number from 1 on"),
         ("sparse24", {"decay": -1.0}, "decay=-1.0 must be a number that is not negative"),
+        ("sparse24", {"fixed_mask": "once"}, "fixed_mask='once' must be true or false"),
         ("sparse24", {"pruning": "random"}, "pruning='random' is unknown; choose one of magnitude, wanda"),
         ("dense_mixer", {"window": "tiles"}, "window='tiles' is unknown; choose one of blocks, sliding"),
         ("dense_mixer", {"kernel_size": 0}, "kernel_size=0 must be positive"),
@@ -171,7 +172,7 @@ def test_impossible_settings_are_named(name, settings_, message):
     [
         ("low_rank", {"factor": 2.667}),
         ("monarch", {"factor": 2.667}),
-        ("sparse24", {"decay": 2e-4, "pruning": "magnitude"}),
+        ("sparse24", {"decay": 2e-4, "pruning": "magnitude", "fixed_mask": False}),
         ("dense_mixer", {"kernel_size": 4, "window": "blocks"}),
     ],
 )

@@ -58,6 +58,34 @@ def test_the_mask_follows_the_weight():
     assert layer(x).item() == 1 - 4
 
 
+@pytest.mark.parametrize("pruning", ["magnitude", "wanda"])
+def test_a_fixed_mask_stays_as_it_was_chosen(pruning):
+    torch.manual_seed(0)
+    layer, dense, x = (
+        Sparse24Linear(10, 6, decay=0.5, pruning=pruning, fixed_mask=True),
+        nn.Linear(10, 6),
+        torch.randn(9, 10),
+    )
+    layer.load_dense(dense.weight, dense.bias, torch.rand(10) if pruning == "wanda" else None)
+    pruned = layer.weight.eq(0)
+    assert pruned.sum() == 6 * 2 * 2
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1.0)
+    for _ in range(5):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        assert layer.weight.grad[pruned].eq(0).all()
+        optimizer.step()
+    assert torch.equal(layer.weight.eq(0), pruned)
+    assert torch.equal(layer.pruned(), layer.weight)
+    assert not torch.allclose(layer.weight[~pruned], dense.weight[~pruned])
+
+
+def test_a_fixed_mask_of_a_layer_that_is_drawn():
+    layer = Sparse24Linear(8, 4, fixed_mask=True)
+    assert layer.weight.eq(0).sum() == 4 * 2 * 2
+    assert torch.equal(layer.pruned(), layer.weight)
+
+
 def test_wanda_keeps_what_is_large_with_its_input():
     """Equation (1) of arXiv 2306.11695, row by row, and the gradient through that mask."""
     torch.manual_seed(0)

@@ -16,16 +16,19 @@ def test_a_token_of_each_kind_costs_what_its_matrices_say(tmp_path, monkeypatch)
     pytest.importorskip("transformers")
     small = OmegaConf.merge(configuration("llama_small"), {**SIZES, "vocab_size": 40})
     monkeypatch.setattr(flops_llm, "configuration", lambda model: small)
-    words = ["--models=llama_small", "--ranks", "16", "--length=8", f"--out={tmp_path}"]
+    words = ["--models=llama_small", "--ranks", "16", "--length=8", "--batches", "1", "4", f"--out={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["flops_llm.py", *words])
     flops_llm.main()
-    dense, sparse, stl, merged = json.loads((tmp_path / "flops_llm.json").read_text())
+    dense, sparse, stl, merged, alone, four = json.loads((tmp_path / "flops_llm.json").read_text())
     swapped = 2 * (24 * 24 + 2 * 24 * 12 + 24 * 24 + 3 * 24 * 36)  # queries, keys and values, output, MLP
     assert dense["macs"]["linear"] == 8 * (swapped + 24 * 40)
     assert sparse["macs"]["linear"] == 8 * (swapped / 2 + 24 * 40)
     assert stl["macs"]["core"] == merged["macs"]["core"] == 8 * (swapped / 4 + 24 * 40)
     encoded = 24 * 16  # a token of an encode of width 24, three of which are spared in each of two blocks
     assert stl["macs"]["linear"] - merged["macs"]["linear"] == 8 * 2 * 3 * encoded
+    head = 8 * 24 * 40  # of a sequence; a tile of the batch is whole, whoever fills it
+    assert alone["macs"]["linear"] - head == four["macs"]["linear"] - 4 * head
+    assert four["macs"]["linear"] == 4 * merged["macs"]["linear"]
     assert f"| {dense['macs']['total'] / 8 / 1e6:.1f} |" in (tmp_path / "flops_llm.md").read_text()
 
 

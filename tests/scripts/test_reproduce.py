@@ -8,10 +8,12 @@ import sys
 import pytest
 import reproduce
 from hydra import compose, initialize_config_dir
+from metrics import METRICS
 from running import CONFIGS
-from study import TABLES, Run, model_settings, read_study
+from study import TABLES, Row, Run, model_settings, read_study
 from study_plot import front
-from study_report import to_latex, write_report
+from study_report import against, to_latex, write_report
+from study_results import Result
 from tables import short_commit
 
 from stl import SettingError
@@ -169,6 +171,19 @@ def test_runs_begin_with_the_checkpoints_of_others_of_their_seed(call, tmp_path,
     assert "| 4.00 | 0.0 | 0.0 | 4.00 / 2.70 / 2.40 | 2 |" in text
     call("--outputs", "elsewhere")  # where the checkpoints are makes no other run of it
     assert "started" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("start", "commits", "p"), [(None, "ab", "0.037"), ("dense", "aa", "0.037"), ("dense", "ab", "–")]
+)
+def test_only_runs_that_began_alike_are_paired(start, commits, p):
+    """Differences of 1, 2 and 3 have t = √12, and with two degrees of freedom p = (1 − t/√(2 + t²))/2."""
+    results = []
+    for commit, scores in zip(commits, ((10, 20, 30), (9, 18, 27)), strict=True):
+        row = Row("row", "row", tuple(Run(f"row/seed{seed}", (), "top1", start) for seed in range(3)))
+        summaries = {seed: {"top1": score, "git_commit": commit} for seed, score in enumerate(scores)}
+        results.append(Result(row, summaries, 0, None))
+    assert against(*results, METRICS["top1"]) == ("+2.00", p)
 
 
 def test_a_run_of_other_settings_does_not_count(call, tmp_path):

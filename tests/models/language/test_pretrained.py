@@ -104,6 +104,25 @@ def test_folders_of_a_dense_model_are_read_whoever_wrote_them(tmp_path, model):
         assert same(read_weights(str(tmp_path / name), config()), model)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folder_that_lacks_weights_is_refused(tmp_path, tied):
+    model, source = STLLlamaForCausalLM(config(tie_word_embeddings=tied)), str(tmp_path)
+    model.save_pretrained(source)
+    assert same(read_weights(source), model)
+    left = {name: value for name, value in model.state_dict().items() if "gate_proj" not in name}
+    model.save_pretrained(source, state_dict=left)
+    with pytest.raises(SettingError, match=r"cannot be loaded \(the folder has no model.layers.0.mlp.gate_proj.weight"):
+        read_weights(source)
+
+
+def test_a_folder_whose_weights_are_cut_short_is_refused(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SettingError, match=r"^model.weights='.*' cannot be loaded \(.*incomplete.*\); give a .ckpt"):
+        read_weights(str(tmp_path))
+
+
 def test_folders_of_other_models_are_refused_once(tmp_path, model):
     model.convert(basis="causal", tile=2, rank=6)
     model.save_pretrained(tmp_path)

@@ -263,7 +263,7 @@ def test_distillation_learns_from_the_teachers_logits(words, dense, tmp_path):
         ),
         (
             ["experiment=llm/small_sparse24", "model.weights={dense}"],
-            "pruning='wanda' needs calibration data",
+            "linear.pruning=wanda needs data; set model.calibration=64, or linear.pruning=magnitude",
         ),
         (["experiment=llm/small_sparse24"], "linear.pruning=wanda needs trained weights; set model.weights as well"),
         (["label_smoothing=0.1"], "label_smoothing=0.1 is for images"),
