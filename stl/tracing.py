@@ -1,5 +1,6 @@
 """What a module computes, as a graph of the STL layers in it, and what else it computes."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,7 @@ def trace(module: nn.Module, training: bool, leaves: set[nn.Module]) -> fx.Graph
     graphs = []
     for autocast in (False, True):
         try:
-            with _mode(module, training, autocast), unchanged(module):
+            with _mode(module, training, autocast), unchanged(module), _no_chance():
                 graphs.append(_Tracer(leaves).trace(module))
         except Exception:  # whatever a model's code may raise when it is traced
             return None
@@ -82,6 +83,21 @@ class _Tracer(fx.Tracer):
 def _contexts() -> tuple[Any, ...]:
     autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in DEVICES]
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+@contextmanager
+def _no_chance() -> Iterator[None]:
+    """Raises TypeError where Python or torch draw random numbers on the CPU, which a graph would have as constants; the
+    numbers are not used up."""
+    pythons, torchs = random.getstate(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        drawn = random.getstate() != pythons or not torch.equal(torch.get_rng_state(), torchs)
+        random.setstate(pythons)
+        torch.set_rng_state(torchs)
+    if drawn:
+        raise TypeError("a graph does not say what is left to chance")
 
 
 @contextmanager

@@ -43,10 +43,12 @@ def use_triton(backend: str, x: Tensor, tile: int, rank: int) -> bool:
     dtype = autocast_dtype(x) or x.dtype
     reason = _impossible(x, dtype, tile, rank)
     if backend == "auto":
+        if reason or not x.is_cuda:
+            return False
         # The CPU's time counts only where what it launches is not recorded.
-        recorded = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        recorded = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
         work = None if recorded else x.numel() * rank // tile**2
-        return x.is_cuda and not reason and is_faster(dtype, rank, work, torch.is_grad_enabled())
+        return is_faster(dtype, rank, work, torch.is_grad_enabled())
     if reason:
         raise SettingError(f"backend='triton' {reason}")
     return True
@@ -89,6 +91,8 @@ def _impossible(x: Tensor, dtype: torch.dtype, tile: int, rank: int) -> str | No
             f"needs tensors on a GPU, x is on {x.device}; use backend='auto', or set TRITON_INTERPRET=1 before Python "
             "starts, which runs kernels on the CPU, very slowly"
         )
+    if not torch.cuda.is_available():
+        return f"needs a GPU, and there is none; x, on {x.device}, has no numbers; use backend='auto'"
     if torch.version.hip or torch.cuda.get_device_properties(x.device).major < 8:
         return "needs an NVIDIA GPU of compute capability 8.0 or above; use backend='auto'"
     return None

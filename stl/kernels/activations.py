@@ -10,7 +10,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def activate(y, NAME: tl.constexpr, LOW: tl.constexpr):
     """The activation of this name; LOW: to what 16 bits hold."""
     if NAME == "relu":
-        return tl.maximum(y, 0.0)
+        return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         return y * _gate(y, NAME, LOW)
 
@@ -19,7 +19,7 @@ def activate(y, NAME: tl.constexpr, LOW: tl.constexpr):
 def slope(y, NAME: tl.constexpr, LOW: tl.constexpr):
     """Its derivative."""
     if NAME == "relu":
-        return tl.where(y > 0, 1.0, 0.0)
+        return tl.where(y <= 0, 0.0, 1.0)  # NaN has the gradient that PyTorch gives it
     elif NAME == "gelu":
         density = tl.exp2(-0.7213475204444817 * y * y) * 0.3989422804014327
         return _gate(y, NAME, LOW) + y * density

@@ -51,9 +51,9 @@ def added(residual: Tensor | None, row_axis: str) -> Tensor | None:
     return None if residual is None else as_samples(residual, row_axis)[0]
 
 
-def contiguous(vector: Tensor | None) -> Tensor | None:
-    """A bias, or what a norm multiplies with or adds, as kernels read it."""
-    return None if vector is None else vector.contiguous()
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """A bias, what a norm multiplies with or adds, or channels, as kernels read them."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def tile_of(matrix: Tensor) -> int:
@@ -167,9 +167,18 @@ def _decode(
 ) -> Tensor:
     """channels (r, P, M), decoder (r, t²), bias (m,) → y (first, second, m), which is (B, n, m) or (n, B, m), with the
     residual of y's shape and any precision added before y is rounded to the higher precision of the two."""
+    if residual is not None and residual.dtype == torch.float64:  # which kernels would round
+        return (_decode(channels, decoder, bias, None, first, second, m, rows_first) + residual).contiguous()
     y = channels.new_empty(first, second, m, dtype=_sum_dtype(channels, residual))
     other = None if residual is None else sample_view(residual, rows_first)
-    decode(channels, decoder.contiguous(), sample_view(y, rows_first), tile_of(decoder), contiguous(bias), other)
+    decode(
+        channels.contiguous(),
+        decoder.contiguous(),
+        sample_view(y, rows_first),
+        tile_of(decoder),
+        contiguous(bias),
+        other,
+    )
     return y
 
 
@@ -188,7 +197,7 @@ def _decode_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of channels, decoder and bias; the last two are empty without `channels`, or without `bias`."""
     dchannels, ddecoder, dbias = encode_gradient(
-        sample_view(gradient, rows_first), decoder.contiguous(), tile_of(decoder), channels, bias
+        sample_view(gradient, rows_first), decoder.contiguous(), tile_of(decoder), contiguous(channels), bias
     )
     ddecoder, dbias = (dchannels.new_empty(0) if total is None else total for total in (ddecoder, dbias))
     return dchannels, ddecoder, dbias

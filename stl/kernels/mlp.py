@@ -83,6 +83,7 @@ def _hidden_gemm(
     its other layer, or without it (r, P, 2M) and (2m,) of both; encoder (r', t²) and weight (r', M, J) of the last
     layer → channels (r', P, J)."""
     columns = weight.shape[1]
+    channels, up = channels.contiguous(), contiguous(up)
     before = _before(channels, decoder, bias, up, up_decoder, up_bias, columns, m)
     tiling = Tiling(samples, n, m, tile_of(decoder), columns)
     coded = hidden(*before, encoder.contiguous(), activation, tiling, channels.shape[2])
@@ -112,6 +113,7 @@ def _hidden_gemm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first eight arguments of `stl::hidden_gemm`; empty where there is none."""
     inner, columns = torch.bmm(gradient, weight.mT), weight.shape[1]
+    channels, up = channels.contiguous(), contiguous(up)
     before = _before(channels, decoder, bias, up, up_decoder, up_bias, columns, m)
     tiling = Tiling(samples, n, m, tile_of(decoder), columns)
     dchannels = torch.empty_like(channels)

@@ -83,7 +83,7 @@ def _load_normalised(
     if CENTRE:
         tiles = tl.where(exist, tiles - _row_means(tiles, k, T, TT), 0.0)
     scale = tl.rsqrt(_row_means(tiles * tiles, k, T, TT) + eps)
-    return tiles * scale, scale, places, exist
+    return tl.where(exist, tiles * scale, 0.0), scale, places, exist  # a row that does not exist may have 0·∞
 
 
 @triton.jit

@@ -3,6 +3,8 @@ is one, else in Triton's interpreter."""
 
 import copy
 import pickle
+import random
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -227,6 +229,17 @@ class Counting(Branch):
         return f"{kept} {sorted(vars(self))} {sorted(vars(self.norm))}"
 
 
+class Chance(Branch):
+    """Stochastic depth, by the numbers of Python or of torch."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.draw() < 0.5 else x + self.layer(self.norm(x))
+
+
 class Keywords(Branch):
     """As transformers' blocks, which are called with more than x."""
 
@@ -251,6 +264,18 @@ def test_whatever_else_is_left_alone(kind):
 def test_what_takes_any_keywords_is_left_alone_but_where_it_is_seen_to_get_none():
     assert fuse_blocks(Keywords()) == []
     assert fuse_blocks(nn.Sequential(Keywords())) == [""]
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: torch.rand(()).item(), lambda: torch.rand(2)[0]])
+def test_what_leaves_something_to_chance_is_left_alone_and_uses_up_no_numbers(draw):
+    model = nn.Sequential(Chance(draw))
+    for seed in range(4):  # by chance two traces are alike
+        random.seed(seed)
+        torch.manual_seed(seed)
+        states = random.getstate(), torch.get_rng_state()
+        assert fuse_blocks(model) == []
+        assert random.getstate() == states[0]
+        assert torch.equal(torch.get_rng_state(), states[1])
 
 
 WAYS = ["attribute", "new attribute", "buffer", "another buffer", "tensor", "list in a dict", "set", "inner module"]

@@ -296,3 +296,14 @@ def test_converting_a_causal_model_with_a_causal_basis(name):
     convert(model, basis=name, tile=4, rank=20, causal=True)
     for n in (1, 4, 13):
         assert_causal(model, n, 8)
+
+
+def test_the_report_says_how_a_model_that_generates_is_used():
+    class Generates(nn.Sequential):
+        def can_generate(self) -> bool:
+            return True
+
+    said = "stl.Streaming"
+    assert said in str(convert(Generates(nn.Linear(8, 8)), basis="causal"))
+    assert said not in str(convert(Generates(nn.Linear(8, 8)), row_axis="batch"))
+    assert said not in str(convert(nn.Sequential(nn.Linear(8, 8)), basis="causal"))

@@ -16,6 +16,15 @@ def _activate(x, y, SIZE: tl.constexpr, NAME: tl.constexpr, LOW: tl.constexpr):
     tl.store(y + j, activate(tl.load(x + j), NAME, LOW))
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_nan_stays_nan(name):
+    """A maximum in the interpreter is NumPy's, and hands NaN on by itself; on a GPU, see `test_compile_for_hopper`."""
+    x = torch.full((16,), torch.nan, device=DEVICE)
+    y = torch.empty_like(x)
+    _activate[(1,)](x, y, SIZE=16, NAME=name, LOW=True)
+    assert y.isnan().all()
+
+
 @pytest.mark.parametrize("low", [True, False])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_is_as_exact_as_documented(name, low):

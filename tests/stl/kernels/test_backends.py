@@ -4,9 +4,10 @@ import pytest
 import torch
 from agreement import DEVICE, gaussian
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from stl import STLMLP, SettingError, STLLinear, STLNormLinear
+from stl import STLMLP, SettingError, STLLinear, STLNormLinear, kernels, stl_linear
 
 MODULES = {
     "mlp": lambda: STLMLP(STLLinear(8, 5), "gelu", STLLinear(5, 8)),
@@ -35,6 +36,16 @@ def test_what_is_set_computes_it(module, width, monkeypatch):
         module.backend = backend
         assert module.backend == backend
         assert bool(operators(module)) == taken
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_auto_is_the_reference_for_shapes_alone_of_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    with FakeTensorMode():
+        x, weight, matrix = (torch.empty(sizes, device="cuda") for sizes in ((4096, 4096, 64), (16, 16, 16), (16, 16)))
+        assert stl_linear(x, weight, matrix, matrix).shape == (4096, 4096, 64)
+        with pytest.raises(SettingError, match=r"^backend='triton' needs a GPU, and there is none"):
+            stl_linear(x, weight, matrix, matrix, backend="triton")
 
 
 def test_layers_that_are_told_for_themselves():

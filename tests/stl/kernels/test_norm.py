@@ -41,6 +41,13 @@ def test_odd_shapes(shape):
     assert_agree(module(shape[-1], 6), gaussian(*shape, seed=0) + 1)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_without_any_eps_rows_that_do_not_exist_are_still_zeros(norm):
+    layer, x = module(16, 6, norm=norm), gaussian(2, 7, 16, seed=0)
+    layer.norm.eps = 0.0
+    assert_agree(layer, x)
+
+
 def test_gains_and_shifts_of_any_stride():
     made, x = with_strides(module(13, 10).float()), gaussian(2, 5, 13, seed=0).float()
     wanted = made(x)

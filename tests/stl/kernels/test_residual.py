@@ -145,6 +145,30 @@ def test_a_less_precise_residual_is_added_before_rounding():
     assert low.dtype == torch.bfloat16
 
 
+def test_a_residual_of_float64_stays_as_precise():
+    layer = STLLinear(7, 6).to(DEVICE)
+    layer.backend = "triton"
+    x = gaussian(2, 5, 7, seed=0).float()
+    residual = (gaussian(2, 6, 5, seed=1) * 1e12).mT.requires_grad_()
+    y = layer(x, residual)
+    assert y.dtype == torch.float64
+    assert torch.equal(y, layer(x).double() + residual)
+    (gradient,) = torch.autograd.grad(y.sum(), residual)
+    assert torch.equal(gradient, torch.ones_like(residual))
+
+
+def test_channels_of_any_layout():
+    decoder, bias = gaussian(16, 16, seed=1).float(), gaussian(6, seed=2).float()
+    plain = gaussian(16, 4, 2, seed=0).float()
+    mixed = plain.mT.contiguous().mT
+    results = []
+    for channels in (plain, mixed):
+        y = torch.ops.stl.decode(channels, decoder, bias, None, 2, 5, 6, False)
+        gated = (channels, decoder, bias, channels, decoder, bias, decoder, gaussian(16, 2, 3, seed=3).float())
+        results.append((y, torch.ops.stl.hidden_gemm(*gated, "silu", 2, 5, 6)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_the_operator_keeps_the_rules_of_pytorch():
     torch.manual_seed(0)
     layer = STLLinear(7, 6).to(DEVICE)
