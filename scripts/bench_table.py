@@ -6,6 +6,9 @@ Tables have a row a shape and a column a method; the method that all are compare
 images a second), the others their speed against it and in brackets the most that it could be, by the ceilings that
 the same run measured; dense models have in brackets how many times as fast they could be themselves. "wrong" has failed
 the check against the reference and was not timed; "refused" was not computed, and its file says why.
+
+Below layers stands what the form that they have allows: encode, GEMMs and decode one after the other, each at those
+ceilings, with encoded tiles in memory between them.
 """
 
 import json
@@ -73,6 +76,8 @@ def _groups(result: dict[str, Any]) -> Iterator[Group]:
     tile = max((row["tile"] for row in result["rows"] if "tile" in row), default=USUAL_TILE)  # one for all of a file
     of_tile = "" if tile == USUAL_TILE else f", t = {tile}"
     for row in result["rows"]:
+        if "encoded_bytes" in row and result.get("pass") == "forward":
+            row["passes_seconds"] = passes(row, result["ceilings"])
         if "block" in row:
             inner = "hidden" if "hidden" in row else "heads"
             key = (f"{WHAT[row['block']]}, {row['pass']}: samples, tokens, width, {inner}", "bench_blocks.py")
@@ -88,6 +93,21 @@ def _groups(result: dict[str, Any]) -> Iterator[Group]:
         tables.setdefault(key, {})[shape, _method(row["method"])] = row
     for (title, program), rows in tables.items():
         yield Group(title, program, _yardstick(program, [method for _, method in rows]), rows)
+
+
+def passes(row: Row, top: dict[str, float]) -> float:
+    """The least seconds of encode, GEMMs and decode of a layer one after the other, below these ceilings."""
+    n, k, m, rank, encoded = (row[name] for name in ("n", "k", "m", "rank", "encoded_bytes"))
+    tile = row.get("tile", USUAL_TILE)  # files from before had no other
+    P, K, M = (-(-size // tile) for size in (n, k, m))
+    size = encoded / (P * K * rank)  # bytes of a number
+    sums, weight = size * rank * P * M, size * rank * K * M
+    gemms = (encoded + weight + sums) / top["bytes_per_second"], 2 * P * K * M * rank / top["flops_per_second"]
+    return (
+        (size * n * k + encoded) / top["bytes_per_second"]
+        + max(gemms)
+        + (sums + size * n * m) / top["bytes_per_second"]
+    )
 
 
 def _yardstick(program: str, methods: list[str]) -> str:
@@ -143,6 +163,15 @@ def speed(group: Group, shape: str, method: str) -> str:
     return f"{ratio:.2f}" if bound is None else f"{ratio:.2f} ({bound:.2f})"
 
 
+def of_passes(group: Group, shape: str, method: str) -> str:
+    """The cell of a method: the most it could be pass by pass, and which part of that it is."""
+    row = group.rows.get((shape, method))
+    if row is None or "seconds" not in row:
+        return untimed(row)
+    most = group.ratio(shape, method, "passes_seconds")
+    return "–" if most is None else f"{most:.2f} ({row['passes_seconds'] / row['seconds']:.0%})"
+
+
 def memory(group: Group, shape: str, method: str) -> str:
     """The cell of a method: its peak in MiB, beside how much above the dense peak it is, and of how much it may be."""
     row, dense = group.rows.get((shape, method)), group.rows.get((shape, "dense"), {})
@@ -157,9 +186,12 @@ def memory(group: Group, shape: str, method: str) -> str:
     return cell
 
 
-def markdown(group: Group, cell: Callable[[Group, str, str], str], heading: str) -> str:
-    rows = ([shape, *(cell(group, shape, method) for method in group.methods)] for shape in group.shapes)
-    return table([heading, *group.methods], rows)
+def markdown(
+    group: Group, cell: Callable[[Group, str, str], str], heading: str, methods: list[str] | None = None
+) -> str:
+    methods = group.methods if methods is None else methods
+    rows = ([shape, *(cell(group, shape, method) for method in methods)] for shape in group.shapes)
+    return table([heading, *methods], rows)
 
 
 def left_dense(group: Group) -> list[str]:
@@ -174,6 +206,9 @@ def section(path: Path, facts: dict[str, Any], groups: list[Group]) -> str:
     parts = []
     for group in groups:
         parts.append(markdown(group, speed, group.title))
+        timed = [method for (_, method), row in group.rows.items() if "passes_seconds" in row and "triton" in method]
+        if timed:
+            parts.append(markdown(group, of_passes, "one pass after the other, at most", list(dict.fromkeys(timed))))
         if ("training" in group.title or "backward" in group.title) and any(
             "peak_bytes" in row for row in group.rows.values()
         ):

@@ -94,6 +94,19 @@ def test_layers(monkeypatch, tmp_path, capsys):
     )
 
 
+def test_below_layers_stands_what_one_pass_after_the_other_allows(monkeypatch, tmp_path, capsys):
+    """By hand: n = k = m = 8 in tiles of 4, r = 16, bf16, one byte a second, products for nothing."""
+    sizes, encoded = {"n": 8, "k": 8, "m": 8}, 2 * 2 * 16 * 2
+    stl = row("stl r=16, triton", 1280.0, tile=4, rank=16, encoded_bytes=encoded)
+    ops = {"machine": MACHINE, "pass": "forward", "rows": [sizes | row("dense", 2048.0), sizes | stl]}
+    ops |= {"ceilings": {"bytes_per_second": 1.0, "flops_per_second": 1e12}}
+    # bytes: x 128 and its encoding 128; that, the weight 128 and their product 128; that and y 128: 896 in all
+    text = run(monkeypatch, tmp_path, capsys, ops)
+    assert "| one pass after the other, at most | stl r=16, triton |\n|---|---|\n| 8, 8, 8 | 2.29 (70%) |" in text
+    ops["ceilings"]["flops_per_second"] = 2 * 2 * 2 * 2 * 16 / 640  # the GEMMs take 640 seconds
+    assert "| 8, 8, 8 | 1.78 (90%) |" in run(monkeypatch, tmp_path, capsys, ops)
+
+
 def test_layers_of_other_tiles_say_so(monkeypatch, tmp_path, capsys):
     rows = [row | {"tile": 8} if row["method"].startswith("stl") else row for row in OPS["rows"]]
     table = run(monkeypatch, tmp_path, capsys, OPS | {"rows": rows})
