@@ -21,6 +21,20 @@ def results(module: nn.Module, x: Tensor, dtype: torch.dtype, backend: str) -> d
     return {"y": y, **dict(zip(["x", *parameters], gradients, strict=True))}
 
 
+def assert_the_last_are_as_alone(module: nn.Module, n: int, k: int) -> None:
+    """More than 2³¹ entries in bf16, in samples (n, k): by kernels the last four have what four have alone."""
+    module.bfloat16().backend = "triton"
+    x = torch.randn(2**31 // (n * k) + 4, n, k, dtype=torch.bfloat16, device=DEVICE)
+    found = []
+    for samples in (x, x[-4:].clone()):
+        y = module(samples.requires_grad_())
+        (gradient,) = torch.autograd.grad(y.sum(), samples)
+        found.append((y[-4:].detach(), gradient[-4:].clone()))
+        del y, gradient
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def with_strides(module: nn.Module) -> nn.Module:
     """The module, with vectors of every second number in memory, the others NaN."""
     for parameter in module.parameters():

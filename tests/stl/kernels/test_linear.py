@@ -163,6 +163,27 @@ def test_channels_beyond_two_to_the_31_elements():
     assert torch.equal(y[-4:], stl_linear(x[-4:].unsqueeze(1), *arguments, backend="triton"))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_cuda_graph_gives_for_other_numbers_what_a_call_gives():
+    arguments = [tensor.float().requires_grad_() for tensor in operands((3, 13, 40), 24, "frame", 4, 24)]
+
+    def run() -> list[Tensor]:
+        y = stl_linear(*arguments, backend="triton")
+        return [y, *torch.autograd.grad(y.square().sum(), arguments)]
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    with torch.cuda.graph(graph):
+        replayed = run()
+    with torch.no_grad():
+        arguments[0].copy_(gaussian(3, 13, 40, seed=7))
+    graph.replay()
+    for got, wanted in zip(replayed, run(), strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_the_operators_keep_the_rules_of_pytorch():
     x, weight, encoder, decoder, bias = (t.float() for t in operands((2, 5, 7), 6, "hadamard", 4, 16))
     arguments = [tensor.requires_grad_() for tensor in (x, weight, encoder)]

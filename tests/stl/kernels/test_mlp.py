@@ -3,7 +3,7 @@ Triton's interpreter."""
 
 import pytest
 import torch
-from agreement import DEVICE, assert_agree, gaussian, with_strides
+from agreement import DEVICE, assert_agree, assert_the_last_are_as_alone, gaussian, with_strides
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -169,6 +169,11 @@ def test_a_last_layer_that_does_not_fit_gets_the_line_of_the_reference(change, b
         change(module.fc2)
     with pytest.raises(SettingError, match=r"out_features=10 with bias|one dtype|one device"):
         module(x)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 80 GB of memory")
+def test_more_than_two_to_the_31_elements():
+    assert_the_last_are_as_alone(mlp((512, 512, 512)), 8, 512)
 
 
 def test_the_hidden_activations_are_not_kept():

@@ -5,7 +5,7 @@ from itertools import cycle, product
 
 import pytest
 import torch
-from agreement import DEVICE, assert_agree, gaussian, with_strides
+from agreement import DEVICE, assert_agree, assert_the_last_are_as_alone, gaussian, with_strides
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,6 +69,11 @@ def test_sums_over_many_rows_of_tiles(monkeypatch):
     for n in (13, 12):
         assert_agree(module(70, 9), gaussian(5, n, 70, seed=0))
     assert_agree(module(142, 9, BASES[0]), gaussian(5, 13, 142, seed=0))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 60 GB of memory")
+def test_more_than_two_to_the_31_elements():
+    assert_the_last_are_as_alone(module(512, 512), 8, 512)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
