@@ -3,14 +3,16 @@
     python scripts/bench_ops.py --out results/ops_h200.json
     python scripts/bench_ops.py --backward --shapes 16384,4096,4096
     python scripts/bench_ops.py --tile 8 --ranks 64 --out results/ops_t8_h200.json
+    python scripts/bench_ops.py --eager --shapes 256,1024,1024 4096,1024,1024  # what backend="auto" goes by
     python scripts/bench_ops.py --device cpu --dtype float32 --shapes 1024,2048,2048 1024,4096,4096 --ranks 16
 
-A shape n,k,m is a layer of k → m features on n rows. Every method is checked before it is timed, against the reference
-in higher precision, with --backward all its gradients as well. The file is rewritten after every shape.
+A shape n,k,m is a layer of k → m features on n rows. On a GPU a method is timed as a CUDA graph; with --eager as it is
+called, one call after the other, each with what it costs the CPU. Every method is checked before it is timed, against
+the reference in higher precision, with --backward all its gradients as well. The file is rewritten after every shape.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -152,16 +154,19 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,K,M", help="rows, features in, features out")
     parser.add_argument("--tile", type=int, default=4, help="tile size of STL")
     parser.add_argument("--backward", action="store_true", help="forward and backward pass, all gradients")
+    parser.add_argument("--eager", action="store_true", help="on a GPU as called, not as a CUDA graph")
     add_options(parser, [16, 24, 32, 48, 49], "results/ops.json")
     arguments = parser.parse_args()
     shapes = [Shape.parse(text) for text in arguments.shapes]
     for rank in arguments.ranks:
         basis_of(arguments.tile, rank)  # before anything is measured
     result = begin(arguments) | {"pass": "forward and backward" if arguments.backward else "forward"}
+    result["eager"] = arguments.eager
     for shape in shapes:
         inputs = operands(shape, arguments.device, getattr(torch, arguments.dtype))
         backends = backends_of(arguments)
         candidates = methods(*inputs, arguments.ranks, backends, arguments.backward, arguments.tile)
+        candidates = (replace(method, graph=not arguments.eager) for method in candidates)
         more = partial(product_error, product(*inputs))
         for row in measure(vars(shape), candidates, result["ceilings"], more):
             result["rows"].append(row)

@@ -76,7 +76,7 @@ def _groups(result: dict[str, Any]) -> Iterator[Group]:
     tile = max((row["tile"] for row in result["rows"] if "tile" in row), default=USUAL_TILE)  # one for all of a file
     of_tile = "" if tile == USUAL_TILE else f", t = {tile}"
     for row in result["rows"]:
-        if "encoded_bytes" in row and result.get("pass") == "forward":
+        if "encoded_bytes" in row and result.get("pass") == "forward" and not result.get("eager"):
             row["passes_seconds"] = passes(row, result["ceilings"])
         if "block" in row:
             inner = "hidden" if "hidden" in row else "heads"
@@ -87,7 +87,7 @@ def _groups(result: dict[str, Any]) -> Iterator[Group]:
             shape = f"{row['model']}, {row['batch']} × {row['tokens'] // row['batch']}"
         else:
             parts = "part" in row
-            which = "forward, in parts" if parts else result["pass"]
+            which = "forward, in parts" if parts else result["pass"] + ", eager" * result.get("eager", False)
             key = (f"linear layer, {which}{of_tile}: n, k, m", "bench_parts.py" if parts else "bench_ops.py")
             shape = ", ".join(str(row[name]) for name in ("n", "k", "m"))
         tables.setdefault(key, {})[shape, _method(row["method"])] = row

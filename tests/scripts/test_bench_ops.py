@@ -85,6 +85,18 @@ def test_the_file_and_one_line_for_bad_input(tmp_path, monkeypatch, capsys):
         benchmarking.run_main(bench_ops.main)
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_on_a_gpu_it_is_a_graph_that_is_timed_or_the_call(tmp_path, monkeypatch, eager):
+    graphs = []
+    monkeypatch.setattr(benchmarking, "ceilings", lambda device, dtype: TOP)
+    monkeypatch.setattr(bench_ops, "measure", lambda facts, methods, *_: graphs.extend(m.graph for m in methods) or [])
+    words = ["--device=cpu", "--shapes", "8,8,8", "--ranks", "16", f"--out={tmp_path / 'ops.json'}"]
+    monkeypatch.setattr(sys, "argv", ["bench_ops.py", *words, *["--eager"] * eager])
+    bench_ops.main()
+    assert graphs == [not eager] * 2
+    assert json.loads((tmp_path / "ops.json").read_text())["eager"] == eager
+
+
 def test_a_rank_without_a_basis_ends_it_before_anything_is_measured(monkeypatch):
     monkeypatch.setattr(bench_ops, "begin", lambda arguments: pytest.fail("measured"))
     monkeypatch.setattr(sys, "argv", ["bench_ops.py", "--device=cpu", "--shapes", "8,8,8", "--ranks", "16", "5"])

@@ -103,6 +103,7 @@ def test_below_layers_stands_what_one_pass_after_the_other_allows(monkeypatch, t
     # bytes: x 128 and its encoding 128; that, the weight 128 and their product 128; that and y 128: 896 in all
     text = run(monkeypatch, tmp_path, capsys, ops)
     assert "| one pass after the other, at most | stl r=16, triton |\n|---|---|\n| 8, 8, 8 | 2.29 (70%) |" in text
+    assert "one pass" not in run(monkeypatch, tmp_path, capsys, ops | {"eager": True})
     ops["ceilings"]["flops_per_second"] = 2 * 2 * 2 * 2 * 16 / 640  # the GEMMs take 640 seconds
     assert "| 8, 8, 8 | 1.78 (90%) |" in run(monkeypatch, tmp_path, capsys, ops)
 
