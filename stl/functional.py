@@ -32,8 +32,9 @@ def to_tiles(x: Tensor, tile: int) -> Tensor:
     The tile's entries come first, so that encoding is one matrix product whose result has contiguous channels.
     """
     n, k = x.shape[-2:]
-    x = F.pad(x, (0, -k % tile, 0, -n % tile))
-    x = x.unflatten(-1, (x.shape[-1] // tile, tile)).unflatten(-3, (x.shape[-2] // tile, tile))
+    if torch.compiler.is_compiling() or n % tile or k % tile:  # padding nothing copies, but where it is compiled
+        x = F.pad(x, (0, -k % tile, 0, -n % tile))
+    x = x.view(*x.shape[:-2], x.shape[-2] // tile, tile, x.shape[-1] // tile, tile)
     if torch.compiler.is_exporting():  # one copy of them all would guard strides, and with these a dynamic batch
         return torch.stack([entries for row in x.unbind(-3) for entries in row.unbind(-1)])
     return x.movedim((-3, -1), (0, 1)).flatten(0, 1)
@@ -42,7 +43,7 @@ def to_tiles(x: Tensor, tile: int) -> Tensor:
 def from_tiles(tiles: Tensor, n: int, m: int) -> Tensor:
     """Inverse of `to_tiles`: (t², ..., N, M) to (..., n, m), the padding cut off."""
     tile = _side(tiles.shape[0])
-    y = tiles.unflatten(0, (tile, tile)).movedim((0, 1), (-3, -1))
+    y = tiles.view(tile, tile, *tiles.shape[1:]).movedim((0, 1), (-3, -1))
     return y.flatten(-2).flatten(-3, -2)[..., :n, :m]
 
 
@@ -85,7 +86,8 @@ def stl_linear(
     """
     tile, out_features = check_arguments(x, weight, encoder, decoder, bias, row_axis, out_features)
     check_residual(residual, x, out_features)
-    if kernels.use_triton(backend, x, tile, len(weight)):
+    rank = weight.shape[0]
+    if kernels.use_triton(backend, x, tile, rank):
         from stl.kernels.linear import linear  # needs triton
 
         return linear(x, weight, encoder, decoder, bias, row_axis, out_features, residual)
@@ -94,7 +96,7 @@ def stl_linear(
     n = x.shape[-2]
     tiles = to_tiles(x, tile)  # (t², ..., N, K)
     shape = tiles.shape[1:-1]
-    channels = (encoder @ tiles.flatten(1)).view(len(encoder), prod(shape), tiles.shape[-1])
+    channels = (encoder @ tiles.flatten(1)).view(rank, prod(shape), tiles.shape[-1])
     channels = torch.bmm(channels, weight)  # (r, ·N, M)
     decoded = decoder.T @ channels.flatten(1)  # (t², ·N·M)
     y = from_tiles(decoded.view(tile**2, *shape, weight.shape[-1]), n, out_features)
@@ -128,7 +130,7 @@ def check_arguments(
     """Validate the arguments of `stl_linear` but for its backend; returns (tile, out_features)."""
     if row_axis not in ROW_AXES:
         raise SettingError(f"row_axis={row_axis!r} is unknown; choose one of {', '.join(ROW_AXES)}")
-    if weight.ndim != 3 or encoder.ndim != 2 or encoder.shape != decoder.shape or len(encoder) != len(weight):
+    if weight.ndim != 3 or encoder.ndim != 2 or encoder.shape != decoder.shape or encoder.shape[0] != weight.shape[0]:
         raise SettingError(
             "stl_linear needs weight (r, K, M), encoder (r, t²) and decoder (r, t²); got "
             f"{tuple(weight.shape)}, {tuple(encoder.shape)} and {tuple(decoder.shape)}"
