@@ -23,6 +23,7 @@ from stl.kernels import linear, mlp, norm  # noqa: F401  they register the opera
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>.*);")
+SEEN: set[str] = set()  # what was compiled for this basis
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
@@ -43,6 +44,9 @@ def compile_only(kernel: JITFunction, *arguments, grid, warmup, **options) -> No
             signature[name], constants[index,] = "constexpr", value
         if signature[name] != "constexpr" and (isinstance(value, Tensor) or (value % 16 == 0 and value == int(value))):
             attributes[index,] = [["tt.divisibility", 16]] if signature[name] != "fp32" else []
+    if (key := str((kernel.__name__, signature, constants, attributes, settings))) in SEEN:
+        return
+    SEEN.add(key)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=settings)
     with NamedTemporaryFile(suffix=".cubin") as file:
@@ -104,5 +108,6 @@ if __name__ == "__main__":
     JITFunction.run = compile_only
     for basis in sys.argv[1:]:
         print("basis", basis)
+        SEEN.clear()
         tile, rank, name, dtype = basis.split(",")
         main(int(tile), int(rank), name, getattr(torch, dtype))
