@@ -15,6 +15,7 @@ from stl.kernels.activations import activate, slope
 from stl.kernels.shares import add_up
 from stl.kernels.tiles import (
     MANY_PROGRAMS,
+    PROGRAMS,
     Grid,
     Tiling,
     by_column,
@@ -191,8 +192,12 @@ def hidden_gradient(
     over `gradient`. Where both are `halves` of one layer, `first` has the gradients of its decoder
     and bias.
     """
-    block = 64 if up is None else 32  # for the registers of twice as much
-    grid = divide_for_sums(tiling, gradient.dtype, _highest_rank(first, up, encoder), block)
+    rank = _highest_rank(first, up, encoder)
+    if gradient.dtype != torch.float32 and rank * tiling.group <= 32:
+        # Fewer warps have too few registers for a block, and halves of it take longer than a few tiles that are empty.
+        grid = divide(tiling, 64, 2 if up is None else 4, PROGRAMS, most_empty=1 / 8)
+    else:
+        grid = divide_for_sums(tiling, gradient.dtype, rank, 64 if up is None else 32)
 
     def shares(of: Coded, channels: Tensor) -> Coded:
         """Memory for the gradient of the channels, and for a share of each program in the others."""

@@ -80,15 +80,18 @@ class Grid(NamedTuple):
         return self.blocks * self.chunks
 
 
-def divide(tiling: Tiling, block: int, warps: int, programs: int, most_rows: int = 1024) -> Grid:
+def divide(
+    tiling: Tiling, block: int, warps: int, programs: int, most_rows: int = 1024, most_empty: float = 0.0
+) -> Grid:
     """The grid of a kernel that does well with `block` tiles of 4 × 4 in `warps` warps.
 
-    Of others as many entries; half of the block and the warps where less of the last block is then empty. As
-    many rows one after the other as leave this number of programs, since what a program has loaded serves all of them
-    and what it sums is one share; a power of two, since a kernel is compiled for it.
+    Of others as many entries; half of the block and the warps where more of the last block than `most_empty` of all
+    tiles would be empty. As many rows one after the other as leave this number of programs, since what a program has
+    loaded serves all of them and what it sums is one share; a power of two, since a kernel is compiled for it.
     """
     whole = max(LEAST, block * 16 // (tiling.group * tiling.tile**2))
-    size = min(whole if tiling.groups % whole == 0 else max(LEAST, whole // 2), padded(tiling.groups))
+    fits = -tiling.groups % whole <= most_empty * tiling.groups
+    size = min(whole if fits else max(LEAST, whole // 2), padded(tiling.groups))
     blocks = ceil(tiling.groups / size)
     rows = min(most_rows, 2 ** int(log2(max(1, tiling.rows * blocks // programs))))
     return Grid(size, rows, max(1, warps * size // whole), blocks, ceil(tiling.rows / rows))

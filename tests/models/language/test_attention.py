@@ -82,10 +82,11 @@ def test_what_else_is_handed_through_knows_nothing_of_it():
 
 
 def test_continuous_batching_gives_the_tokens_of_generate():
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model, prompt = llama().float(), ids(1, 5)
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     wanted = model.generate(prompt, generation_config=config)[0, 5:].tolist()
-    (got,) = model.generate_batch(prompt.tolist(), generation_config=config, progress_bar=False).values()
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # else as much as half of the memory takes
+    (got,) = model.generate_batch(prompt.tolist(), config, small).values()
     assert got.generated_tokens == wanted
