@@ -15,6 +15,7 @@ from stl.stream import Stream
 SPEC_BYTES = 96
 STARTS = ("independent", "dense")
 TRAINED = ("encoded", "dense")
+FILLS = ("zeros", "copies")
 
 
 class STLLinear(nn.Module):
@@ -30,9 +31,10 @@ class STLLinear(nn.Module):
     - `row_axis="tokens"`: neighbours along axis −2. A 2-D input is (batch, features), as everywhere in PyTorch: each
       sample is then one token, alone in its tile, so that samples never mix.
     - `row_axis="batch"`: t samples along axis 0 at the same position; nothing passes between positions. Where t does
-      not divide the batch, the last tile is filled with samples of zeros, so that fewer than t cost as much as t. The
-      output of a sample may depend on its place among the t and on those beside it, though not where a dense weight is
-      encoded in an exact basis.
+      not divide the batch, the last tile is filled with samples of zeros, so that fewer than t cost as much as t; or,
+      with the attribute `fill` set to "copies", with those of the batch again, from its first on: what was trained
+      beside others is far from itself beside zeros. The output of a sample may depend on its place among the t and on
+      those beside it, though not where a dense weight is encoded in an exact basis.
 
     With a causal basis (`Basis.causal`) row i of a tile depends on rows up to i only, and keeps to it: whatever becomes
     of `encoder` and `decoder`, their entries on the wrong side of the channels' pivots (`Basis.pivots`) count as zero.
@@ -54,6 +56,7 @@ class STLLinear(nn.Module):
     spec: Tensor
     outside: Tensor | None  # (2, r, t²) bool: rows behind the pivot (no encoder), rows before it (no decoder)
     backend = "auto"
+    fill = "zeros"
     stream: Stream | None = None  # what `stl.Streaming` remembers
 
     def __init__(
@@ -203,6 +206,11 @@ class STLLinear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
         rows, added = self.with_rows(x), self.with_rows_of(x, residual)
+        if self.lacks_samples(rows):
+            samples = len(rows)
+            places = torch.arange(math.ceil(samples / self.tile) * self.tile, device=x.device) % samples
+            y = self._compute(rows[places], None if added is None else added[places], norm)[:samples]
+            return y.view(*x.shape[:-1], self.out_features)
         stream = self.stream_of(x)
         y = self._compute(rows, added, norm) if stream is None else stream(rows, added, norm, self._compute)
         return y.view(*x.shape[:-1], self.out_features)
@@ -210,6 +218,16 @@ class STLLinear(nn.Module):
     def stream_of(self, x: Tensor) -> Stream | None:
         """What remembers the rows of this x."""
         return None if self.row_axis == "batch" or self._has_lone_rows(x) else self.stream
+
+    def lacks_samples(self, x: Tensor) -> bool:
+        """Whether copies of the samples of x, (B, …, k), fill its last tile.
+
+        Raises SettingError where `fill` is none of `FILLS`.
+        """
+        if self.fill not in FILLS:
+            raise SettingError(f"fill={self.fill!r} is unknown; choose one of {', '.join(FILLS)}")
+        samples = len(x) if x.ndim > 1 else 1
+        return self.fill == "copies" and self.row_axis == "batch" and samples % self.tile != 0
 
     def _compute(self, rows: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:
         layer, axis, features = self.tensors(), self.row_axis, self.out_features

@@ -108,8 +108,9 @@ class STLMLP(nn.Module):
         return second(hidden * factor[0] if factor else hidden, residual)
 
     def uses_kernels(self, x: Tensor) -> bool:
-        """As that of a layer, but not while layers stream each by itself."""
-        if self.backend == "mixed" or any(layer.stream is not None for layer in self.layers):
+        """As that of a layer, but not while layers stream or fill tiles each by itself."""
+        alone = (layer.stream is not None or layer.lacks_samples(x) for layer in self.layers)
+        if self.backend == "mixed" or any(alone):
             return False
         return kernels.use_triton(self.backend, x, self.layers[0].tile, max(layer.rank for layer in self.layers))
 

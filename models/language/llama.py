@@ -32,8 +32,9 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
     layers remember of unfinished tiles goes with the cache of keys and values, a DynamicCache that becomes an
     `STLCache`, so that `generate`, beam search and any caller with a cache get what one pass over all tokens gives, up
     to rounding; the cache's own methods choose and repeat sequences. With `row_axis="batch"` the sequences of a batch
-    stand beside each other in tiles, and get that only where they keep their places while a cache is used. Beam search
-    moves them: unless the basis is exact, it gives other beams with a cache than without.
+    stand beside each other in tiles, one again where there are too few, and get that only where they keep their places
+    while a cache is used. Beam search moves them: unless the basis is exact, it gives other beams with a cache than
+    without.
 
     Raises:
         SettingError: an unknown group, or one without layers of its own; all that `stl.convert` raises, as for a basis
@@ -118,7 +119,11 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
 
     def _swap(self, *, groups: Sequence[str] = REPLACED, **settings: Any) -> ConversionReport:
         check_groups(groups, self.config.tie_word_embeddings)
-        return convert(self, include=patterns(groups), causal=True, **settings)
+        report = convert(self, include=patterns(groups), causal=True, **settings)
+        for layer in self.modules():
+            if isinstance(layer, STLLinear):
+                layer.fill = "copies"
+        return report
 
     @can_return_tuple  # of the output as it is in the end
     def forward(

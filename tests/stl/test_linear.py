@@ -207,6 +207,31 @@ def test_row_axis_batch_keeps_positions_apart(choice, shape, data):
     assert after[:, position].isnan().any()
 
 
+@pytest.mark.parametrize("choice", INEXACT)
+@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=3))
+@few
+def test_the_samples_again_fill_the_last_tile_over_the_batch_where_asked(choice, shape):
+    made, x, residual = layer(choice=choice, row_axis="batch"), gaussian(*shape, 7), gaussian(*shape, 5, seed=1)
+    again = torch.arange(ceil(len(x) / made.tile) * made.tile) % len(x)
+    by_hand, zeros = made(x[again], residual[again])[: len(x)], made(x, residual)
+    made.fill = "copies"
+    assert torch.equal(made(x, residual), by_hand)
+    assert len(x) % made.tile == 0 or not torch.allclose(by_hand, zeros)
+
+
+def test_one_vector_is_one_sample_to_be_filled_up():
+    made, x = layer(row_axis="batch"), gaussian(7)
+    made.fill = "copies"
+    assert torch.equal(made(x), made(x.expand(4, 7))[0])
+
+
+def test_another_fill_gets_one_line():
+    made = layer(row_axis="batch")
+    made.fill = "copy"
+    with pytest.raises(SettingError, match=r"^fill='copy' is unknown; choose one of zeros, copies$"):
+        made(gaussian(3, 7))
+
+
 def test_inexact_bases_do_mix_the_rows_of_a_tile():
     """What the tests above exclude does happen inside a tile: they could fail."""
     x = gaussian(5, 5, 7)

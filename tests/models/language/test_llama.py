@@ -103,6 +103,20 @@ def test_over_the_batch_it_generates_with_a_static_cache():
     assert torch.equal(static, model.generate(ids(3, 5), use_cache=False, **options))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_over_the_batch_sequences_stand_again_where_there_are_too_few(batch, tmp_path):
+    """In every layer by itself: of the first of two blocks the projections are those of copies."""
+    llama(WAYS["batch"]).save_pretrained(tmp_path)
+    model, seen = type(llama()).from_pretrained(tmp_path), {}
+    assert {layer.fill for layer in stl_layers(model)} == {"copies"}
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda _, given, output: seen.update(x=given[0], y=output))
+    logits(model, ids(batch, 6))
+    again = torch.arange(4 * -(-batch // 4)) % batch
+    assert seen["x"].shape[0] == batch
+    assert_close(seen["y"], layer(seen["x"][again])[:batch])
+
+
 def test_left_padded_sequences_generate_the_same_with_a_cache_and_without():
     model, x = llama(WAYS["tokens"]), ids(2, 5)
     mask = torch.ones_like(x)
