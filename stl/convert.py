@@ -58,6 +58,7 @@ def convert(
     train_basis: bool = True,
     start: str = "independent",
     train_weight: str = "encoded",
+    fill: str = "zeros",
     calibration: Iterable[Any] | None = None,
     calibrate_basis: bool = False,
     causal: bool | None = None,
@@ -68,8 +69,8 @@ def convert(
         include, exclude: shell-style patterns of layer names ("blocks.*.mlp.*"), one or several; a layer is swapped
             where it matches some `include` (all, by default) and no `exclude`. All names of a shared layer count.
         from_dense: start from the trained weights, encoded; otherwise from a fresh draw, for training from scratch.
-        row_axis, train_basis, start, train_weight: as in `STLLinear`. Layers that PyTorch's transformer feeds (tokens,
-            batch, features) get the axis that means the same there.
+        row_axis, train_basis, start, train_weight, fill: as in `STLLinear`. Layers that PyTorch's transformer feeds
+            (tokens, batch, features) get the axis that means the same there.
         calibration: with `from_dense`, a few batches of inputs as the model will see them, in a list or any other
             series: tensors, tuples that start with one (inputs, labels), or dicts of keyword arguments; all are kept in
             memory. The encoded weights are then fitted to what the dense layers make of these inputs, layer by layer
@@ -125,6 +126,7 @@ def convert(
         "train_basis": train_basis,
         "start": start,
         "train_weight": train_weight,
+        "fill": fill if row_axis == "batch" else "zeros",  # along the tokens, whatever axis they have
     }
     if isinstance(model, nn.Linear | nn.MultiheadAttention):
         raise SettingError("convert swaps layers inside a model; for a single layer use STLLinear.from_linear(layer)")

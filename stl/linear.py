@@ -31,10 +31,10 @@ class STLLinear(nn.Module):
     - `row_axis="tokens"`: neighbours along axis −2. A 2-D input is (batch, features), as everywhere in PyTorch: each
       sample is then one token, alone in its tile, so that samples never mix.
     - `row_axis="batch"`: t samples along axis 0 at the same position; nothing passes between positions. Where t does
-      not divide the batch, the last tile is filled with samples of zeros, so that fewer than t cost as much as t; or,
-      with the attribute `fill` set to "copies", with those of the batch again, from its first on: what was trained
-      beside others is far from itself beside zeros. The output of a sample may depend on its place among the t and on
-      those beside it, though not where a dense weight is encoded in an exact basis.
+      not divide the batch, the last tile is filled with samples of zeros, so that fewer than t cost as much as t; with
+      `fill="copies"` with those of the batch again, from the first on, since what is trained beside other samples gives
+      something else beside zeros. The output of a sample may depend on its place among the t and on those beside it,
+      though not where a dense weight is encoded in an exact basis.
 
     With a causal basis (`Basis.causal`) row i of a tile depends on rows up to i only, and keeps to it: whatever becomes
     of `encoder` and `decoder`, their entries on the wrong side of the channels' pivots (`Basis.pivots`) count as zero.
@@ -56,7 +56,6 @@ class STLLinear(nn.Module):
     spec: Tensor
     outside: Tensor | None  # (2, r, t²) bool: rows behind the pivot (no encoder), rows before it (no decoder)
     backend = "auto"
-    fill = "zeros"
     stream: Stream | None = None  # what `stl.Streaming` remembers
 
     def __init__(
@@ -72,6 +71,7 @@ class STLLinear(nn.Module):
         train_basis: bool = True,
         start: str = "independent",
         train_weight: str = "encoded",
+        fill: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -84,9 +84,12 @@ class STLLinear(nn.Module):
             raise SettingError(f"start={start!r} is unknown; choose one of {', '.join(STARTS)}")
         if train_weight not in TRAINED:
             raise SettingError(f"train_weight={train_weight!r} is unknown; choose one of {', '.join(TRAINED)}")
+        if fill not in FILLS:
+            raise SettingError(f"fill={fill!r} is unknown; choose one of {', '.join(FILLS)}")
         matrices = get_basis(basis, tile, rank)
         self.in_features, self.out_features = in_features, out_features
         self.tile, self.rank, self.basis, self.row_axis, self.start = tile, rank, basis, row_axis, start
+        self.fill = fill
         like = torch.empty(0, device=device, dtype=dtype)
         trains_dense = train_weight == "dense"
         tiles = math.ceil(in_features / tile), math.ceil(out_features / tile)
@@ -206,13 +209,12 @@ class STLLinear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
         rows, added = self.with_rows(x), self.with_rows_of(x, residual)
-        if self.lacks_samples(rows):
-            samples = len(rows)
-            places = torch.arange(math.ceil(samples / self.tile) * self.tile, device=x.device) % samples
-            y = self._compute(rows[places], None if added is None else added[places], norm)[:samples]
-            return y.view(*x.shape[:-1], self.out_features)
         stream = self.stream_of(x)
-        y = self._compute(rows, added, norm) if stream is None else stream(rows, added, norm, self._compute)
+        if self.lacks_samples(rows):
+            y = self._compute(self.with_copies(rows), None if added is None else self.with_copies(added), norm)
+            y = y[: rows.shape[0]]
+        else:
+            y = self._compute(rows, added, norm) if stream is None else stream(rows, added, norm, self._compute)
         return y.view(*x.shape[:-1], self.out_features)
 
     def stream_of(self, x: Tensor) -> Stream | None:
@@ -220,14 +222,17 @@ class STLLinear(nn.Module):
         return None if self.row_axis == "batch" or self._has_lone_rows(x) else self.stream
 
     def lacks_samples(self, x: Tensor) -> bool:
-        """Whether copies of the samples of x, (B, …, k), fill its last tile.
+        """Whether copies of the samples of x, (B, …, k), fill its last tile."""
+        if self.fill != "copies" or self.row_axis != "batch":  # else the batch is no matter, nor one of an export
+            return False
+        return x.ndim == 1 or x.shape[0] % self.tile != 0
 
-        Raises SettingError where `fill` is none of `FILLS`.
-        """
-        if self.fill not in FILLS:
-            raise SettingError(f"fill={self.fill!r} is unknown; choose one of {', '.join(FILLS)}")
-        samples = len(x) if x.ndim > 1 else 1
-        return self.fill == "copies" and self.row_axis == "batch" and samples % self.tile != 0
+    def with_copies(self, x: Tensor) -> Tensor:
+        """x (B, …), its samples one after the other, and again, in all places of ⌈B/t⌉ tiles."""
+        samples, whole = x.shape[0], math.ceil(x.shape[0] / self.tile) * self.tile
+        if samples == 1:
+            return x.expand(whole, *x.shape[1:])  # one token at a time, what is launched counts
+        return torch.cat([x] * math.ceil(whole / samples))[:whole]
 
     def _compute(self, rows: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:
         layer, axis, features = self.tensors(), self.row_axis, self.out_features
@@ -295,6 +300,7 @@ class STLLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"tile={self.tile}, rank={self.rank}, basis={self.basis!r}, row_axis={self.row_axis!r}, "
             f"train_basis={self.train_basis}, train_weight={self.train_weight!r}"
+            + (f", fill={self.fill!r}" if self.row_axis == "batch" else "")
         )
 
     def _encode_spec(self) -> Tensor:

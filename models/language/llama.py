@@ -32,7 +32,7 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
     layers remember of unfinished tiles goes with the cache of keys and values, a DynamicCache that becomes an
     `STLCache`, so that `generate`, beam search and any caller with a cache get what one pass over all tokens gives, up
     to rounding; the cache's own methods choose and repeat sequences. With `row_axis="batch"` the sequences of a batch
-    stand beside each other in tiles, one again where there are too few, and get that only where they keep their places
+    stand beside each other in tiles, repeated where there are too few, and get that only where they keep their places
     while a cache is used. Beam search moves them: unless the basis is exact, it gives other beams with a cache than
     without.
 
@@ -107,7 +107,8 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
         Args:
             from_dense, calibration, calibrate_basis: as in `stl.convert`; batches are token ids (B, n), int64.
             **stl: `groups`, some of `models.language.groups.GROUPS`, its `REPLACED` by default; `tile`, `rank`,
-                `basis`, `row_axis`, `train_basis`, `start` and `train_weight` as in `stl.convert`.
+                `basis`, `row_axis`, `train_basis`, `start` and `train_weight` as in `stl.convert`, and `fill`, which is
+                "copies" here.
         """
         if self.config.stl is not None:
             raise SettingError(f"the model is converted already, stl={self.config.stl}; convert a dense one")
@@ -117,13 +118,9 @@ class STLLlamaForCausalLM(LlamaForCausalLM):
         self.config.stl = stl
         return report
 
-    def _swap(self, *, groups: Sequence[str] = REPLACED, **settings: Any) -> ConversionReport:
+    def _swap(self, *, groups: Sequence[str] = REPLACED, fill: str = "copies", **settings: Any) -> ConversionReport:
         check_groups(groups, self.config.tie_word_embeddings)
-        report = convert(self, include=patterns(groups), causal=True, **settings)
-        for layer in self.modules():
-            if isinstance(layer, STLLinear):
-                layer.fill = "copies"
-        return report
+        return convert(self, include=patterns(groups), causal=True, fill=fill, **settings)
 
     @can_return_tuple  # of the output as it is in the end
     def forward(

@@ -12,9 +12,10 @@ MAX_TILES = 4096  # rows of tiles kept of a layer's input: 16384 rows at t = 4
 class Tiles:
     """A bounded sample of the rows of tiles that a layer reads, cut as the layer cuts them.
 
-    `rows` (N, t, k), zero where padded; `valid` (N, t); `held_out` (N,). What is held out are other samples than those
-    fitted, for rows of one sample are alike: of `batches` ≥ 4 every fourth; of fewer the last quarter of the samples of
-    each call, or, where it has too few, the first batch; and only of a single sample its last rows.
+    `rows` (N, t, k), where padded zero, or copies as the layer has them; `valid` (N, t), false there; `held_out` (N,).
+    What is held out are other samples than those fitted, for rows of one sample are alike: of `batches` ≥ 4 every
+    fourth; of fewer the last quarter of the samples of each call, or, where it has too few, the first batch; and only
+    of a single sample its last rows.
     """
 
     def __init__(self, layer: STLLinear, batches: int) -> None:
@@ -29,10 +30,12 @@ class Tiles:
 
     def add(self, name: str, number: int, x: Tensor) -> None:
         tile, x = self._layer.tile, self._layer.with_rows(x)
+        n = x.shape[0 if self._layer.row_axis == "batch" else -2]
+        if self._layer.lacks_samples(x):
+            x = self._layer.with_copies(x)
         if self._layer.row_axis == "batch":
             x = x.movedim(0, -2)
-        n = x.shape[-2]
-        rows = pad(x, (0, 0, 0, -n % tile)).unflatten(-2, (-(-n // tile), tile))  # (..., N, t, k)
+        rows = pad(x, (0, 0, 0, -x.shape[-2] % tile)).unflatten(-2, (-(-n // tile), tile))  # (..., N, t, k)
         valid = (torch.arange(rows.shape[-3] * tile, device=x.device) < n).view(-1, tile).expand(rows.shape[:-1])
         if self._layer.row_axis == "batch":  # the samples first, so that the last tiles are the last samples
             rows, valid = rows.movedim(-3, 0), valid.movedim(-2, 0)

@@ -18,7 +18,7 @@ class Problem:
     """
 
     def __init__(self, rows: Tensor, valid: Tensor, encoder: Tensor, decoder: Tensor) -> None:
-        """rows (N, t, k), zero where padded; valid (N, t), false where padded; encoder and decoder (r, t²)."""
+        """rows (N, t, k), with zeros or copies where padded; valid (N, t), false there; encoder and decoder (r, t²)."""
         self.tile, self.decoder = rows.shape[1], decoder
         self._rows = rows.flatten(0, 1)
         tiles = to_tiles(self._rows, self.tile)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs of a launch. Where each leaves sums behind, those of one warp that a GPU of 132 multiprocessors holds at
+# Programs of a launch. Where each leaves sums behind, as many as a GPU of 132 multiprocessors holds of one warp at
 # once; else a few times what it holds.
 PROGRAMS, MANY_PROGRAMS = 1408, 3200
 LEAST = 16  # of each size of what `tl.dot` takes

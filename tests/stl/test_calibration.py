@@ -169,6 +169,14 @@ def test_samples_are_held_out_whole():
         assert marks == held_out
 
 
+def test_tiles_hold_the_copies_that_the_layer_has_and_count_none_of_them():
+    layer = STLLinear(3, 3, tile=4, rank=16, row_axis="batch", fill="copies")
+    tiles = Tiles(layer, 4)
+    tiles.add("", 1, torch.arange(6.0).view(6, 1, 1).expand(6, 2, 3))
+    assert tiles.rows[..., 0].int().tolist() == [[0, 1, 2, 3]] * 2 + [[4, 5, 0, 1]] * 2
+    assert tiles.valid.tolist() == [[True] * 4] * 2 + [[True, True, False, False]] * 2
+
+
 def test_a_lower_error_counts_less_its_standard_error():
     before = torch.tensor([3.0, 2.0, 4.0, 1.0])
     assert sure_gain(before, before - 0.5) == pytest.approx(2.0)

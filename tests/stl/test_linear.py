@@ -211,25 +211,23 @@ def test_row_axis_batch_keeps_positions_apart(choice, shape, data):
 @given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=3))
 @few
 def test_the_samples_again_fill_the_last_tile_over_the_batch_where_asked(choice, shape):
-    made, x, residual = layer(choice=choice, row_axis="batch"), gaussian(*shape, 7), gaussian(*shape, 5, seed=1)
-    again = torch.arange(ceil(len(x) / made.tile) * made.tile) % len(x)
-    by_hand, zeros = made(x[again], residual[again])[: len(x)], made(x, residual)
-    made.fill = "copies"
-    assert torch.equal(made(x, residual), by_hand)
-    assert len(x) % made.tile == 0 or not torch.allclose(by_hand, zeros)
+    made = {fill: layer(choice=choice, row_axis="batch", fill=fill) for fill in ("zeros", "copies")}
+    x, residual = gaussian(*shape, 7), gaussian(*shape, 5, seed=1)
+    again = torch.arange(ceil(len(x) / choice[1]) * choice[1]) % len(x)
+    got, wanted = made["copies"](x, residual), made["zeros"](x[again], residual[again])[: len(x)]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    assert len(x) % choice[1] == 0 or not torch.allclose(got, made["zeros"](x, residual))
 
 
 def test_one_vector_is_one_sample_to_be_filled_up():
-    made, x = layer(row_axis="batch"), gaussian(7)
-    made.fill = "copies"
-    assert torch.equal(made(x), made(x.expand(4, 7))[0])
+    made, x = layer(row_axis="batch", fill="copies"), gaussian(7)
+    torch.testing.assert_close(made(x), made(x.repeat(4, 1))[0], rtol=0, atol=1e-12)
 
 
-def test_another_fill_gets_one_line():
-    made = layer(row_axis="batch")
-    made.fill = "copy"
-    with pytest.raises(SettingError, match=r"^fill='copy' is unknown; choose one of zeros, copies$"):
-        made(gaussian(3, 7))
+@pytest.mark.parametrize("samples", [1, 2, 3, 5])
+def test_gradients_are_those_of_the_copies(samples):
+    made, x = layer(row_axis="batch", fill="copies"), gaussian(samples, 3, 7).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *given: made(*given), (x, gaussian(samples, 3, 5).requires_grad_()))
 
 
 def test_inexact_bases_do_mix_the_rows_of_a_tile():
@@ -266,7 +264,7 @@ def test_extra_repr_names_every_setting(train_basis):
     made = STLLinear(7, 5, bias=False, tile=2, rank=6, basis="frame", row_axis="batch", train_basis=train_basis)
     assert repr(made) == (
         "STLLinear(in_features=7, out_features=5, bias=False, tile=2, rank=6, basis='frame', row_axis='batch', "
-        f"train_basis={train_basis}, train_weight='encoded')"
+        f"train_basis={train_basis}, train_weight='encoded', fill='zeros')"
     )
 
 
@@ -277,6 +275,15 @@ def test_compiles_without_graph_breaks(row_axis):
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     for shape in ((2, 5, 7), (3, 6, 7), (4, 7)):
         torch.testing.assert_close(compiled(gaussian(*shape)), made(gaussian(*shape)))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("row_axis", "fill", "multiple"), [("tokens", "zeros", 1), ("batch", "copies", 2)])
+def test_exports_with_a_dynamic_batch(row_axis, fill, multiple, strict):
+    made, batch = layer(choice=("frame", 2, 6), row_axis=row_axis, fill=fill), torch.export.Dim("batch", max=64)
+    exported = torch.export.export(made, (gaussian(6, 5, 7),), dynamic_shapes=({0: multiple * batch},), strict=strict)
+    x = gaussian(14, 5, 7)
+    assert torch.equal(exported.module()(x), made(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -292,6 +299,7 @@ def test_autocast_gives_the_dtype_of_a_dense_layer(dtype):
         ({"in_features": 0}, "in_features=0 out_features=5 must both be positive"),
         ({"out_features": -1}, "in_features=7 out_features=-1 must both be positive"),
         ({"row_axis": "rows"}, "row_axis='rows' is unknown; choose one of tokens, batch"),
+        ({"fill": "copy"}, "fill='copy' is unknown; choose one of zeros, copies"),
         ({"basis": "no"}, "basis='no' is unknown; choose one of"),
         ({"rank": 15}, "basis='hadamard' has no tile=4 rank=15; it has"),
         ({"tile": 0}, "tile=0 must be a positive whole number"),

@@ -65,8 +65,8 @@ def test_output_and_all_gradients_of_one_gated_by_halves(pair, row_axis):
 @pytest.mark.parametrize("samples", [3, 4])
 def test_where_copies_fill_tiles_its_layers_do_so_each_by_itself(samples):
     module = mlp((9, 13, 10), row_axis="batch")
-    for layer in module.layers:
-        layer.fill = "copies"
+    module.fill = "copies"
+    assert {layer.fill for layer in module.layers} == {"copies"}
     assert_agree(module, gaussian(samples, 3, 9, seed=0))
     module.backend = "triton"
     assert module.uses_kernels(torch.empty(samples, 3, 9, device=DEVICE)) == (samples == 4)
