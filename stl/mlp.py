@@ -22,6 +22,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _of_layers(name: str) -> property:
+    """An attribute of all layers of an MLP: set for each, and "mixed" where they differ."""
+
+    def get(mlp: "STLMLP") -> str:
+        first, *others = [getattr(layer, name) for layer in mlp.layers]
+        return first if all(other == first for other in others) else "mixed"
+
+    def set_for_each(mlp: "STLMLP", value: str) -> None:
+        for layer in mlp.layers:
+            setattr(layer, name, value)
+
+    return property(get, set_for_each)
+
+
 class STLMLP(nn.Module):
     """second(activation(first(x))), or gated second(activation(first(x))·up(x)), then dropout.
 
@@ -35,6 +49,9 @@ class STLMLP(nn.Module):
     and each computes alone, as it does where copies fill a tile. Raises SettingError where the layers are no STLLinear
     or do not fit each other, or for an unknown activation.
     """
+
+    backend = _of_layers("backend")
+    fill = _of_layers("fill")
 
     def __init__(
         self,
@@ -141,26 +158,6 @@ class STLMLP(nn.Module):
     def layers(self) -> list[STLLinear]:
         """first, up where it is a layer of its own, second."""
         return [getattr(self, name) for name in self.names]
-
-    @property
-    def backend(self) -> str:
-        first, *others = [layer.backend for layer in self.layers]
-        return first if all(other == first for other in others) else "mixed"
-
-    @backend.setter
-    def backend(self, backend: str) -> None:
-        for layer in self.layers:
-            layer.backend = backend
-
-    @property
-    def fill(self) -> str:
-        first, *others = [layer.fill for layer in self.layers]
-        return first if all(other == first for other in others) else "mixed"
-
-    @fill.setter
-    def fill(self, fill: str) -> None:
-        for layer in self.layers:
-            layer.fill = fill
 
     @property
     def out_features(self) -> int:
