@@ -45,9 +45,9 @@ class STLMLP(nn.Module):
     Input (..., n, k), output (..., n, m). A residual of the output's shape is added to it, and a norm applied to the
     input; with kernels neither is a pass over memory of its own. The numbers are those of the layers one after the
     other. The layers keep the names that they are given, in the order first, up, second, so that state dicts stay as
-    they were. The attributes `backend` and `fill` are theirs: all get what is set, and where they differ it is "mixed",
-    and each computes alone, as it does where copies fill a tile. Raises SettingError where the layers are no STLLinear
-    or do not fit each other, or for an unknown activation.
+    they were. The attributes `backend` and `fill` are theirs: all get what is set, and where they differ it is "mixed".
+    Each computes alone where backends differ, and where copies fill a tile. Raises SettingError where the layers are no
+    STLLinear or do not fit each other, or for an unknown activation.
     """
 
     backend = _of_layers("backend")

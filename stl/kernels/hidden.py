@@ -23,6 +23,7 @@ from stl.kernels.tiles import (
     constants,
     divide,
     divide_for_sums,
+    few_channels,
     load_basis,
     multiply,
     padded,
@@ -193,7 +194,7 @@ def hidden_gradient(
     and bias.
     """
     rank = _highest_rank(first, up, encoder)
-    if gradient.dtype != torch.float32 and rank * tiling.group <= 32:
+    if few_channels(tiling, gradient.dtype, rank):
         # Fewer warps have too few registers for a block, and halves of it take longer than a few tiles that are empty.
         grid = divide(tiling, 64, 2 if up is None else 4, PROGRAMS, most_empty=1 / 8)
     else:

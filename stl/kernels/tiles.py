@@ -97,9 +97,14 @@ def divide(
     return Grid(size, rows, max(1, warps * size // whole), blocks, ceil(tiling.rows / rows))
 
 
+def few_channels(tiling: Tiling, dtype: torch.dtype, rank: int) -> bool:
+    """Whether the channels of a group need few registers."""
+    return dtype != torch.float32 and rank * tiling.group <= 32
+
+
 def divide_for_sums(tiling: Tiling, dtype: torch.dtype, rank: int, block: int = 64) -> Grid:
     """The grid of a kernel whose programs each leave a share of a sum behind."""
-    return divide(tiling, block, 1 if dtype != torch.float32 and rank * tiling.group <= 32 else 4, PROGRAMS)
+    return divide(tiling, block, 1 if few_channels(tiling, dtype, rank) else 4, PROGRAMS)
 
 
 def constants(tiling: Tiling, rank: int, dtype: torch.dtype, grid: Grid) -> dict[str, Any]:
