@@ -22,7 +22,6 @@ from stl.kernels.tiles import (
     channel_places,
     constants,
     divide,
-    divide_for_sums,
     few_channels,
     load_basis,
     multiply,
@@ -193,12 +192,13 @@ def hidden_gradient(
     over `gradient`. Where both are `halves` of one layer, `first` has the gradients of its decoder
     and bias.
     """
-    rank = _highest_rank(first, up, encoder)
-    if few_channels(tiling, gradient.dtype, rank):
-        # Fewer warps have too few registers for a block, and halves of it take longer than a few tiles that are empty.
-        grid = divide(tiling, 64, 2 if up is None else 4, PROGRAMS, most_empty=1 / 8)
-    else:
-        grid = divide_for_sums(tiling, gradient.dtype, rank, 64 if up is None else 32)
+    # Measured: one warp has too few registers, and half a block takes longer than a few tiles that are empty; where a
+    # tile of 8 or a product in float32 needs most registers, loads ahead of their use do not pay.
+    precise = gradient.dtype == torch.float32
+    few = precise or few_channels(tiling, gradient.dtype, _highest_rank(first, up, encoder))
+    warps = 2 if few and up is None else 4
+    grid = divide(tiling, 32 if precise else 64, warps, PROGRAMS, most_empty=1 / 8)
+    grid = grid._replace(warps=max(2, grid.warps))
 
     def shares(of: Coded, channels: Tensor) -> Coded:
         """Memory for the gradient of the channels, and for a share of each program in the others."""
@@ -222,6 +222,7 @@ def hidden_gradient(
             _hidden_backward[(grid.programs,)](
                 *first, *(up or (None,) * 3), encoder, gradient, *dfirst, *(dup or (None,) * 3), dencoder,
                 *tiling.sizes(), width, **_constants(first, up, encoder, activation, tiling, grid),
+                num_stages=1 if precise or tiling.tile == 8 else 3,
             )  # fmt: skip
     if dup is not None and halves:
         decoder = torch.cat([dfirst.decoder, dup.decoder])

@@ -8,6 +8,7 @@ channels are a column of (RP, BLOCK), channel q of its tile s in row q·S + s. R
 takes; the rest is zeros. A number that is not finite in one tile of a group leaves none in the group.
 """
 
+from functools import lru_cache
 from math import ceil, log2
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from torch import Tensor
 # once; else a few times what it holds.
 PROGRAMS, MANY_PROGRAMS = 1408, 3200
 LEAST = 16  # of each size of what `tl.dot` takes
+
+# Of layers whose sizes come again and again, called one by one, the CPU's time matters.
+remembered = lru_cache(maxsize=1024)
 
 
 class Tiling(NamedTuple):
@@ -80,6 +84,7 @@ class Grid(NamedTuple):
         return self.blocks * self.chunks
 
 
+@remembered
 def divide(
     tiling: Tiling, block: int, warps: int, programs: int, most_rows: int = 1024, most_empty: float = 0.0
 ) -> Grid:
@@ -107,6 +112,7 @@ def divide_for_sums(tiling: Tiling, dtype: torch.dtype, rank: int, block: int = 
     return divide(tiling, block, 1 if few_channels(tiling, dtype, rank) else 4, PROGRAMS)
 
 
+@remembered
 def constants(tiling: Tiling, rank: int, dtype: torch.dtype, grid: Grid) -> dict[str, Any]:
     """What a kernel is compiled for. FULL: whether all rows of its programs exist, all entries of the groups that
     exist, and all tiles of its blocks."""
