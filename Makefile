@@ -28,7 +28,7 @@ test: install .venv/installed-llm  ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 clean:
 	rm -rf .venv outputs .pytest_cache .mypy_cache .ruff_cache
