@@ -195,8 +195,9 @@ def hidden_gradient(
     # Measured: one warp has too few registers, and half a block takes longer than a few tiles that are empty; where a
     # tile of 8 or a product in float32 needs most registers, loads ahead of their use do not pay.
     precise = gradient.dtype == torch.float32
-    few = precise or few_channels(tiling, gradient.dtype, _highest_rank(first, up, encoder))
-    warps = 2 if few and up is None else 4
+    layers = 1 if up is None else 2
+    few = few_channels(tiling, gradient.dtype, layers * _highest_rank(first, up, encoder))
+    warps = 2 if few or (precise and layers == 1) else 4
     grid = divide(tiling, 32 if precise else 64, warps, PROGRAMS, most_empty=1 / 8)
     grid = grid._replace(warps=max(2, grid.warps))
 
