@@ -25,7 +25,7 @@ from train import one_line_errors
 # Every source of randomness at once: augmented images, dropout, stochastic depth, mixup, erasing; two batches a step.
 WORDS = [
     *QUICK,
-    "trainer.max_epochs=3",
+    "trainer.max_epochs=2",
     "trainer.limit_train_batches=10",
     "trainer.limit_val_batches=2",
     "data.batch_size=16",

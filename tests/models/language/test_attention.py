@@ -1,5 +1,7 @@
 """Attention without a mask where a compiled pass needs none, and the same logits where it needs one."""
 
+from itertools import product
+
 import pytest
 import torch
 from llamas import WAYS, ids, llama
@@ -30,8 +32,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("way", [None, *WAYS])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "way"),
+    [*product(CASES, [None]), *product(["plain"], WAYS), ("prefill", "tokens"), ("packed", "tokens")],
+)
 def test_attention_gets_a_mask_only_where_causality_does_not_say_it_all(case, way):
     inputs, masked = CASES[case]
     model = llama(WAYS[way] if way else None)
