@@ -33,12 +33,14 @@ class Preemption(Checkpoint):  # these are called after all other callbacks, whi
         self._group: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.received_sigterm:
-            self._received = signal.SIGTERM
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")  # on the CPU: a GPU's would wait for the step's kernels
         if threading.current_thread() is threading.main_thread():
             self._earlier = {number: signal.signal(number, self._note) for number in self.signals}
+        if trainer.received_sigterm:  # on which Lightning ends, with exit code 0, before the first step is complete
+            self._received = signal.SIGTERM
+        if number := self._agreed():
+            self._stop(trainer, number)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if number := self._agreed():  # the epoch before has just written its checkpoint
@@ -78,7 +80,7 @@ class Preemption(Checkpoint):  # these are called after all other callbacks, whi
         submitits = self._earlier.get(signal.SIGUSR2)
         self._restore()
         if trainer.is_global_zero:
-            kept = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none, callbacks.checkpoint is null"
+            kept = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
             log.warning(
                 "stopped by %s after step %d, checkpoint: %s; the same command with the same run folder goes on",
                 signal.Signals(number).name,
