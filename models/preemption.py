@@ -80,7 +80,7 @@ class Preemption(Checkpoint):  # these are called after all other callbacks, whi
         submitits = self._earlier.get(signal.SIGUSR2)
         self._restore()
         if trainer.is_global_zero:
-            kept = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
+            kept = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none written"
             log.warning(
                 "stopped by %s after step %d, checkpoint: %s; the same command with the same run folder goes on",
                 signal.Signals(number).name,

@@ -107,15 +107,15 @@ def few_channels(tiling: Tiling, dtype: torch.dtype, rank: int) -> bool:
     return dtype != torch.float32 and rank * tiling.group <= 32
 
 
-def divide_for_sums(tiling: Tiling, dtype: torch.dtype, rank: int, block: int = 64) -> Grid:
+def divide_for_sums(tiling: Tiling, dtype: torch.dtype, rank: int) -> Grid:
     """The grid of a kernel whose programs each leave a share of a sum behind."""
-    return divide(tiling, block, 1 if few_channels(tiling, dtype, rank) else 4, PROGRAMS)
+    return divide(tiling, 64, 1 if few_channels(tiling, dtype, rank) else 4, PROGRAMS)
 
 
 @remembered
 def constants(tiling: Tiling, rank: int, dtype: torch.dtype, grid: Grid) -> dict[str, Any]:
-    """What a kernel is compiled for. FULL: whether all rows of its programs exist, all entries of the groups that
-    exist, and all tiles of its blocks."""
+    """What a kernel is compiled for; the answer is shared, so do not change it. FULL: whether all rows of its programs
+    exist, all entries of the groups that exist, and all tiles of its blocks."""
     entries = tiling.group * tiling.tile**2
     # Products of larger tiles take several steps, and of those by a warp group, which is four warps, ptxas 12.8 has let
     # some read from an address that was never computed.

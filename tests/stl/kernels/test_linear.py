@@ -77,13 +77,8 @@ def test_every_rank(rank):
     assert_agree(operands((4, 5), 3, "random", 4, rank), torch.float32, 2e-6)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "basis"),
-    [
-        *product([(1, 1, 1), (147, 12, 3), (197, 36, 8), (8, 1000, 4), (4, 3, 1000)], [("hadamard", 4, 16)]),
-        *product([(1, 1, 1), (147, 12, 3), (4, 3, 1000)], [("strassen", 2, 7)]),
-    ],
-)
+@pytest.mark.parametrize("basis", [("hadamard", 4, 16), ("strassen", 2, 7)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (147, 12, 3), (197, 36, 8), (8, 1000, 4), (4, 3, 1000)])
 def test_odd_sizes(sizes, basis):
     n, k, m = sizes
     assert_agree(operands((n, k), m, *basis), torch.float32, 2e-6)
