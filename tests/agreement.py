@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from stl import get_basis, stl_linear
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -50,3 +52,31 @@ def assert_agree(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float3
         assert got.shape == exact[role].shape, role
         assert got.dtype == dtype, role
         assert (got.double() - exact[role]).norm() <= tolerance * exact[role].norm(), role
+
+
+def operands(shape: tuple[int, ...], m: int, name: str, tile: int, rank: int, bias: bool = True) -> list[Tensor]:
+    """x of this shape, weight, encoder, decoder and bias, in float64."""
+    basis = get_basis(name, tile, rank)
+    weight = gaussian(rank, -(-shape[-1] // tile), -(-m // tile), seed=1)
+    matrices = [basis.encode_x.to(DEVICE), basis.decode.to(DEVICE)]
+    return [gaussian(*shape, seed=0), weight, *matrices, *([gaussian(m, seed=2)] if bias else [])]
+
+
+def operator_results(arguments: list[Tensor], dtype: torch.dtype, **options) -> list[Tensor]:
+    """The output, then the gradients of all arguments for one gradient of the output, in this precision."""
+    arguments = [tensor.detach().to(dtype).requires_grad_() for tensor in arguments]
+    y = stl_linear(*arguments, **options)
+    return [y, *torch.autograd.grad(y, arguments, gaussian(*y.shape, seed=3).to(dtype))]
+
+
+def assert_operator_agrees(arguments: list[Tensor], dtype: torch.dtype, tolerance: float, **options) -> None:
+    wanted = operator_results(arguments, torch.float64, **options)
+    for role, got, exact in zip(
+        ("y", "x", "weight", "encoder", "decoder", "bias"),
+        operator_results(arguments, dtype, **options, backend="triton"),
+        wanted,
+        strict=False,
+    ):
+        assert got.shape == exact.shape, role
+        assert got.dtype == dtype, role
+        assert (got.double() - exact).norm() <= tolerance * exact.norm(), role

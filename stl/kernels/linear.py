@@ -1,7 +1,8 @@
-"""The STL layer as two operators of PyTorch, `stl::encode_gemm` and `stl::decode`, with gradients, shapes and costs.
+"""The STL layer as two operators of PyTorch, `stl::encode_gemm` and `stl::decode`, with gradients, shapes and costs; a
+narrow one is a single operator (`narrow_linear.py`).
 
-Each keeps what it was given for its backward pass: x unencoded, to be encoded again where the backward pass reads it
-anyway, and the channels between the two, which the gradient of the decoder needs, only where there is one.
+Each of the two keeps what it was given for its backward pass: x unencoded, to be encoded again where the backward pass
+reads it anyway, and the channels between the two, which the gradient of the decoder needs, only where there is one.
 """
 
 from typing import Any
@@ -11,13 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from stl.errors import SettingError
+from stl.kernels import narrow_linear  # noqa: F401  it registers the operator
 from stl.kernels.autocast import as_autocast, register_autocast
 from stl.kernels.decode import decode, decode_gradient
 from stl.kernels.encode import encode, encode_gradient
+from stl.kernels.narrow import is_narrow
+from stl.kernels.operators import (
+    added,
+    as_samples,
+    contiguous,
+    encode_gemm_macs,
+    only_once,
+    rows_of_tiles,
+    sample_view,
+    sum_dtype,
+    tile_of,
+    wanted,
+)
 from stl.kernels.weight_gradient import weight_gradient
-
-Layer = tuple[Tensor, Tensor, Tensor, Tensor | None]  # weight, encoder, decoder, bias
 
 
 def linear(
@@ -33,42 +45,14 @@ def linear(
     """`stl.functional.stl_linear` by kernels, for arguments that it has checked."""
     samples, rows_first = as_samples(x, row_axis)
     samples, weight, encoder, decoder, bias = as_autocast(samples, samples, weight, encoder, decoder, bias)
-    channels = encode_gemm(samples, weight, encoder, rows_first)
-    sizes = samples.shape[:2]
-    y = torch.ops.stl.decode(channels, decoder, bias, added(residual, row_axis), *sizes, out_features, rows_first)
+    other = added(residual, row_axis)
+    if is_narrow(samples.dtype, tile_of(encoder), weight.shape):
+        layer = (weight, encoder, decoder, bias)
+        y = torch.ops.stl.narrow_linear(samples, *layer, other, out_features, "", rows_first)
+    else:
+        channels = encode_gemm(samples, weight, encoder, rows_first)
+        y = torch.ops.stl.decode(channels, decoder, bias, other, *samples.shape[:2], out_features, rows_first)
     return y.view(*x.shape[:-1], out_features)
-
-
-def as_samples(x: Tensor, row_axis: str) -> tuple[Tensor, bool]:
-    """x with three axes, and whether the rows of tiles run along the first: (B, n, k) or, so, (n, B, k)."""
-    if row_axis == "batch":
-        return (x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)), True
-    return (x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)), False
-
-
-def added(residual: Tensor | None, row_axis: str) -> Tensor | None:
-    """As `stl::decode` takes it; autocast leaves it as precise as it is."""
-    return None if residual is None else as_samples(residual, row_axis)[0]
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """A bias, what a norm multiplies with or adds, or channels, as kernels read them."""
-    return None if tensor is None else tensor.contiguous()
-
-
-def tile_of(matrix: Tensor) -> int:
-    """t of an encoder or decoder (r, t²)."""
-    return round(matrix.shape[1] ** 0.5)
-
-
-def sample_view(x: Tensor, rows_first: bool) -> Tensor:
-    """As (B, n, k)."""
-    return x.transpose(0, 1) if rows_first else x
-
-
-def only_once(*_: Any) -> None:
-    """The gradient of the operator of a backward pass."""
-    raise SettingError("the kernels have no gradients of gradients; use backend='torch'")
 
 
 # --- encode and multiply -----------------------------------------------------------------------------------------
@@ -169,7 +153,7 @@ def _decode(
     residual of y's shape and any precision added before y is rounded to the higher precision of the two."""
     if residual is not None and residual.dtype == torch.float64:  # which kernels would round
         return (_decode(channels, decoder, bias, None, first, second, m, rows_first) + residual).contiguous()
-    y = channels.new_empty(first, second, m, dtype=_sum_dtype(channels, residual))
+    y = channels.new_empty(first, second, m, dtype=sum_dtype(channels, residual))
     other = None if residual is None else sample_view(residual, rows_first)
     decode(
         channels.contiguous(),
@@ -184,11 +168,7 @@ def _decode(
 
 @_decode.register_fake
 def _(channels, decoder, bias, residual, first, second, m, rows_first):
-    return channels.new_empty(first, second, m, dtype=_sum_dtype(channels, residual))
-
-
-def _sum_dtype(channels: Tensor, residual: Tensor | None) -> torch.dtype:
-    return channels.dtype if residual is None else torch.promote_types(channels.dtype, residual.dtype)
+    return channels.new_empty(first, second, m, dtype=sum_dtype(channels, residual))
 
 
 @torch.library.custom_op("stl::decode_backward", mutates_args=())
@@ -242,22 +222,3 @@ def _(channels, decoder, *_, **__) -> int:
 def _(gradient, channels, decoder, bias, rows_first, *, out_shape, **_) -> int:
     (_, P, M), *_ = out_shape
     return 2 * P * M * decoder[0] * decoder[1] * (1 if channels is None else 2)
-
-
-# --- both --------------------------------------------------------------------------------------------------------
-
-
-def wanted(gradients: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Of the gradients that an operator computes, those that are asked for."""
-    return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=False))
-
-
-def encode_gemm_macs(P: int, weight: Any, encoder: Any) -> tuple[int, int]:
-    """Of the encode and of the batched GEMM, from shapes and the number of rows of tiles."""
-    rank, K, M = weight
-    return P * K * encoder[1] * rank, P * K * M * rank
-
-
-def rows_of_tiles(shape: Any, tile: int, rows_first: bool) -> int:
-    rows, samples = shape[:2] if rows_first else (shape[1], shape[0])
-    return samples * -(-rows // tile)

@@ -12,21 +12,23 @@ from torch.utils.flop_counter import register_flop_formula
 
 from stl.kernels.autocast import as_autocast, register_autocast
 from stl.kernels.hidden import Coded, hidden, hidden_gradient
-from stl.kernels.linear import (
+from stl.kernels.linear import encode_gemm
+from stl.kernels.narrow import is_narrow
+from stl.kernels.norm import norm_encode_gemm
+from stl.kernels.operators import (
     Layer,
     added,
     as_samples,
     contiguous,
-    encode_gemm,
     encode_gemm_macs,
     only_once,
     tile_of,
     wanted,
 )
-from stl.kernels.norm import norm_encode_gemm
 from stl.kernels.tiles import Tiling
 from stl.kernels.weight_gradient import weight_gradient
 from stl.normalisation import Norm
+from stl.precision import autocast_dtype
 
 
 def mlp(
@@ -47,6 +49,14 @@ def mlp(
     that is added.
     """
     samples, rows_first = as_samples(x, row_axis)
+    other = added(residual, row_axis)
+    apart = up is None and norm is None and first[0].shape[2] == second[0].shape[1]  # else first gives two halves
+    dtype = autocast_dtype(samples) or samples.dtype
+    if apart and all(is_narrow(dtype, tile_of(encoder), weight.shape) for weight, encoder, *_ in (first, second)):
+        (inputs,), before, behind = (as_autocast(samples, *tensors) for tensors in ((samples,), first, second))
+        inner = torch.ops.stl.narrow_linear(inputs, *before, None, hidden_features, activation, rows_first)
+        y = torch.ops.stl.narrow_linear(inner, *behind, other, out_features, "", rows_first)
+        return y.view(*x.shape[:-1], out_features)
 
     def coded(layer: Layer) -> Coded:
         weight, encoder, decoder, bias = as_autocast(samples, *layer)
@@ -60,7 +70,7 @@ def mlp(
     sizes = samples.shape[:2]
     count, n = sizes[::-1] if rows_first else sizes
     channels = torch.ops.stl.hidden_gemm(*before, encoder, weight, activation, count, n, hidden_features)
-    y = torch.ops.stl.decode(channels, decoder, bias, added(residual, row_axis), *sizes, out_features, rows_first)
+    y = torch.ops.stl.decode(channels, decoder, bias, other, *sizes, out_features, rows_first)
     return y.view(*x.shape[:-1], out_features)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from stl.kernels.autocast import as_autocast, register_autocast
-from stl.kernels.linear import (
+from stl.kernels.operators import (
     Layer,
     added,
     as_samples,

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import DEVICE, gaussian
+from agreement import DEVICE, assert_operator_agrees, gaussian, operands, operator_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import program
@@ -23,38 +23,10 @@ ROW_AXES = ["tokens", "batch"]
 CPU = DEVICE == "cpu"
 
 
-def operands(shape: tuple[int, ...], m: int, name: str, tile: int, rank: int, bias: bool = True) -> list[Tensor]:
-    """x of this shape, weight, encoder, decoder and bias, in float64."""
-    basis = get_basis(name, tile, rank)
-    weight = gaussian(rank, -(-shape[-1] // tile), -(-m // tile), seed=1)
-    matrices = [basis.encode_x.to(DEVICE), basis.decode.to(DEVICE)]
-    return [gaussian(*shape, seed=0), weight, *matrices, *([gaussian(m, seed=2)] if bias else [])]
-
-
-def results(arguments: list[Tensor], dtype: torch.dtype, **options) -> list[Tensor]:
-    """The output, then the gradients of all arguments for one gradient of the output, in this precision."""
-    arguments = [tensor.detach().to(dtype).requires_grad_() for tensor in arguments]
-    y = stl_linear(*arguments, **options)
-    return [y, *torch.autograd.grad(y, arguments, gaussian(*y.shape, seed=3).to(dtype))]
-
-
-def assert_agree(arguments: list[Tensor], dtype: torch.dtype, tolerance: float, **options) -> None:
-    wanted = results(arguments, torch.float64, **options)
-    for role, got, exact in zip(
-        ("y", "x", "weight", "encoder", "decoder", "bias"),
-        results(arguments, dtype, **options, backend="triton"),
-        wanted,
-        strict=False,
-    ):
-        assert got.shape == exact.shape, role
-        assert got.dtype == dtype, role
-        assert (got.double() - exact).norm() <= tolerance * exact.norm(), role
-
-
 @pytest.mark.parametrize("row_axis", ROW_AXES)
 @pytest.mark.parametrize("basis", BASES)
 def test_output_and_all_gradients(basis, row_axis):
-    assert_agree(operands((3, 7, 13), 10, *basis), torch.float32, 2e-6, row_axis=row_axis)
+    assert_operator_agrees(operands((3, 7, 13), 10, *basis), torch.float32, 2e-6, row_axis=row_axis)
 
 
 @given(
@@ -69,38 +41,38 @@ def test_output_and_all_gradients(basis, row_axis):
 @settings(deadline=None, derandomize=True, max_examples=5)
 def test_any_size_and_rank(lead, n, k, m, rank, bias, row_axis):
     arguments = operands((*lead, n, k), m, "random", 4, rank, bias)
-    assert_agree(arguments, torch.float32, 2e-6, row_axis=row_axis, out_features=m)
+    assert_operator_agrees(arguments, torch.float32, 2e-6, row_axis=row_axis, out_features=m)
 
 
 @pytest.mark.parametrize("rank", [*range(7, 50), 64])
 def test_every_rank(rank):
-    assert_agree(operands((4, 5), 3, "random", 4, rank), torch.float32, 2e-6)
+    assert_operator_agrees(operands((4, 5), 3, "random", 4, rank), torch.float32, 2e-6)
 
 
 @pytest.mark.parametrize("basis", [("hadamard", 4, 16), ("strassen", 2, 7)])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (147, 12, 3), (197, 36, 8), (8, 1000, 4), (4, 3, 1000)])
 def test_odd_sizes(sizes, basis):
     n, k, m = sizes
-    assert_agree(operands((n, k), m, *basis), torch.float32, 2e-6)
+    assert_operator_agrees(operands((n, k), m, *basis), torch.float32, 2e-6)
 
 
 @pytest.mark.parametrize("basis", [("hadamard", 4, 16), ("strassen", 2, 7)])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_sums_over_many_rows_of_tiles(rows, basis, monkeypatch):
     monkeypatch.setattr("stl.kernels.tiles.PROGRAMS", 8 // rows)  # each takes several rows, the last fewer
-    assert_agree(operands((5, 13, 142), 150, *basis), torch.float32, 2e-6)
+    assert_operator_agrees(operands((5, 13, 142), 150, *basis), torch.float32, 2e-6)
 
 
 def test_tiles_that_are_all_full_in_rows_of_tiles_that_are_not(monkeypatch):
     for programs in ("tiles.PROGRAMS", "decode.MANY_PROGRAMS"):
         monkeypatch.setattr(f"stl.kernels.{programs}", 4)  # of 15 rows of tiles each takes two
-    assert_agree(operands((5, 12, 20), 20, "hadamard", 4, 16), torch.float32, 2e-6)
+    assert_operator_agrees(operands((5, 12, 20), 20, "hadamard", 4, 16), torch.float32, 2e-6)
 
 
 def test_nothing_is_read_behind_rows_that_end_with_a_tile():
     arguments = operands((2, 8, 60), 20, "hadamard", 4, 16)  # 15 tiles and, for alignment, one of zeros
     arguments[0] = F.pad(arguments[0].float(), (0, 4), value=float("nan"))[..., :60]
-    assert_agree(arguments, torch.float32, 2e-6)
+    assert_operator_agrees(arguments, torch.float32, 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +81,7 @@ def test_nothing_is_read_behind_rows_that_end_with_a_tile():
 def test_noise_in_low_precision(basis, dtype):
     """As an approximate product no more than 1.5·√(½+S) times that of the dense one. (The interpreter cuts bf16 off
     where a GPU rounds.)"""
-    assert_agree(operands((2, 16, 64), 64, *basis), dtype, 0.05)
+    assert_operator_agrees(operands((2, 16, 64), 64, *basis), dtype, 0.05)
     if CPU and dtype == torch.bfloat16:
         return
     matrices = get_basis(*basis)
@@ -130,14 +102,14 @@ def test_the_layout_of_the_inputs_does_not_matter(row_axis):
     expanded = [arguments[0][:1].expand(3, 5, 7), *arguments[1:]]
     for changed in (strided, transposed, expanded, [*arguments[:-1], arguments[-1][:1].expand(6)]):
         assert not all(tensor.is_contiguous() for tensor in changed)
-        assert_agree(changed, torch.float32, 2e-6, row_axis=row_axis)
+        assert_operator_agrees(changed, torch.float32, 2e-6, row_axis=row_axis)
 
 
 @pytest.mark.parametrize("row_axis", ROW_AXES)
 @pytest.mark.parametrize("shape", [(0, 5, 6), (2, 0, 6), (3, 0, 5, 6), (0, 6)])
 def test_empty_inputs(shape, row_axis):
     arguments = operands(shape, 7, "hadamard", 2, 4)
-    y, dx, *gradients = results(arguments, torch.float32, row_axis=row_axis, backend="triton")
+    y, dx, *gradients = operator_results(arguments, torch.float32, row_axis=row_axis, backend="triton")
     assert y.shape == (*shape[:-1], 7)
     assert dx.shape == shape
     assert all((gradient == 0).all() for gradient in gradients)
@@ -366,6 +338,6 @@ def test_auto_takes_the_kernels_in_compiled_code():
 
 def test_the_operators_are_there_once_the_package_is():
     """FlopCounterMode counts, and torch.export loads, only what is registered before it begins."""
-    names = ["encode_gemm", "decode", "hidden_gemm", "norm_encode_gemm"]
+    names = ["encode_gemm", "decode", "narrow_linear", "hidden_gemm", "norm_encode_gemm"]
     done = program("-c", f"import stl, torch; [getattr(torch.ops.stl, name) for name in {names}]", fresh=True)
     assert done.returncode == 0, done.stderr
