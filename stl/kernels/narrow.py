@@ -34,30 +34,20 @@ from stl.kernels.tiles import (
 )
 from stl.kernels.weight_gradient import weight_gradient
 
-ROWS = 16  # of tiles, that a program takes at once; as many as `tl.dot` takes at least
-WARPS = 8  # of a program
+ROWS, WARPS = 32, 8  # of tiles, that a program takes at once, and its warps
+ROWS_OF_TRAINING, WARPS_OF_TRAINING = 16, 4
 TILE = 4  # whose 16 entries `tl.dot` takes; smaller ones would have to be grouped, larger ones take more registers
-# With what is padded: numbers of an encoded weight; channels of a row of tiles, which stay in registers, without
-# gradients and with these, of which a program holds more.
-MOST_WEIGHT, MOST_CHANNELS, MOST_CHANNELS_OF_TRAINING = 2**16, 1024, 512
+# With what is padded: channels of a row of tiles, which stay in registers, and numbers of an encoded weight.
+MOST_CHANNELS, MOST_WEIGHT = 512, 2**13
 
 
 def is_narrow(dtype: torch.dtype, tile: int, shape: Sequence[int]) -> bool:
-    """Whether a layer with an encoded weight of this shape (r, K, M) is computed here: in 16 bits, where it is small;
-    in the interpreter, which has no bf16, in float32 as well."""
-    _, K, _ = shape
-    channels = padded_channels(shape)
-    fits = channels <= most_channels(torch.is_grad_enabled()) and channels * K <= MOST_WEIGHT
+    """Whether a layer with an encoded weight of this shape (r, K, M) is computed here: in 16 bits, where it is so small
+    that one pass is the faster one; in the interpreter, which has no bf16, in float32 as well."""
+    rank, K, M = shape
+    channels = padded(rank) * padded(M)
+    fits = channels <= MOST_CHANNELS and channels * K <= MOST_WEIGHT
     return tile == TILE and fits and (dtype != torch.float32 or INTERPRETED)
-
-
-def padded_channels(shape: Sequence[int]) -> int:
-    """Of a row of tiles behind a layer of this shape (r, K, M), as a program holds them."""
-    return padded(shape[0]) * padded(shape[2])
-
-
-def most_channels(gradients: bool) -> int:
-    return MOST_CHANNELS_OF_TRAINING if gradients else MOST_CHANNELS
 
 
 @triton.jit
@@ -213,7 +203,8 @@ def narrow(x: Tensor, layer: Layer, y: Tensor, residual: Tensor | None, activati
             _narrow[(triton.cdiv(tiling.rows, ROWS),)](
                 x, *x.stride(), *_sizes(tiling, y, weight), encoder, weight, decoder, bias,
                 residual, *(0, 0, 0) if residual is None else residual.stride(), y, *y.stride(),
-                **_constants(tiling, Tiling.of(y, TILE), layer, activation, ROWS), RESIDUAL=residual is not None,
+                **_constants(tiling, Tiling.of(y, TILE), layer, activation, ROWS),
+                ROWS=ROWS, RESIDUAL=residual is not None, num_warps=WARPS,
             )  # fmt: skip
 
 
@@ -224,8 +215,9 @@ def narrow_gradient(
     tiling = Tiling.of(x, TILE)
     weight, encoder, decoder, bias = layer
     rank, K, M = weight.shape
-    chunk = 2 ** int(log2(max(1, tiling.rows // (ROWS * PROGRAMS))))  # a kernel is compiled for it
-    programs = triton.cdiv(tiling.rows, ROWS * chunk)
+    rows = ROWS_OF_TRAINING
+    chunk = 2 ** int(log2(max(1, tiling.rows // (rows * PROGRAMS))))  # a kernel is compiled for it
+    programs = triton.cdiv(tiling.rows, rows * chunk)
     encoded, dchannels = (x.new_empty(rank, tiling.rows, columns) for columns in (K, M))
     dencoder, ddecoder = (x.new_empty(programs, *encoder.shape, dtype=torch.float32) for _ in range(2))
     dbias = None if bias is None else x.new_empty(programs, len(bias), dtype=torch.float32)
@@ -234,8 +226,8 @@ def narrow_gradient(
             _narrow_backward[(programs,)](
                 gradient, *gradient.stride(), x, *x.stride(), *_sizes(tiling, gradient, weight), encoder, weight,
                 decoder, bias, dx, *dx.stride(), encoded, dchannels, dencoder, ddecoder, dbias,
-                **_constants(tiling, Tiling.of(gradient, TILE), layer, activation, ROWS * chunk),
-                CHUNK=chunk, PARTS=WARPS,
+                **_constants(tiling, Tiling.of(gradient, TILE), layer, activation, rows * chunk),
+                ROWS=rows, CHUNK=chunk, PARTS=WARPS_OF_TRAINING, num_warps=WARPS_OF_TRAINING,
             )  # fmt: skip
     matrices = add_up(dencoder, x.dtype), add_up(ddecoder, x.dtype)
     return weight_gradient(encoded, dchannels), *matrices, None if dbias is None else add_up(dbias, x.dtype)
@@ -248,7 +240,7 @@ def _sizes(tiling: Tiling, y: Tensor, weight: Tensor) -> tuple[int, ...]:
 
 
 def _constants(before: Tiling, after: Tiling, layer: Layer, activation: str, rows: int) -> dict[str, Any]:
-    """What a kernel is compiled for whose programs take so many rows of tiles."""
+    """What both kernels are compiled for, if a program takes so many rows of tiles in all."""
     out = padded(after.columns)
     weight, encoder, _, bias = layer
     return {
@@ -256,7 +248,6 @@ def _constants(before: Tiling, after: Tiling, layer: Layer, activation: str, row
         "R": len(encoder),
         "TT": TILE**2,
         "RP": padded(len(encoder)),
-        "ROWS": ROWS,
         "BLOCK": LEAST,
         "STEPS": triton.cdiv(before.columns, LEAST),
         "OUT": out,
@@ -266,6 +257,5 @@ def _constants(before: Tiling, after: Tiling, layer: Layer, activation: str, row
         "BIAS": bias is not None,
         "ACTIVATION": activation,
         "LOW": weight.dtype != torch.float32,
-        "num_warps": WARPS,
         "num_stages": 2,
     }

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from stl.errors import SettingError
 from stl.kernels.autocast import register_autocast
-from stl.kernels.narrow import most_channels, narrow, narrow_gradient, padded_channels
+from stl.kernels.narrow import narrow, narrow_gradient
 from stl.kernels.operators import (
     Layer,
     contiguous,
@@ -66,10 +65,6 @@ def _narrow_linear_backward(
     rows_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, encoder, decoder and bias; the last is empty where there is none."""
-    if padded_channels(weight.shape) > most_channels(True):
-        raise SettingError(
-            "a layer that was exported, or compiled, without gradients is too wide for them; trace it with"
-        )
     if gradient.dtype == torch.float64:  # as that of a sum with a residual may be
         gradient = gradient.float()
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stl import STLMLP, SettingError, STLLinear, stl_linear
+from stl import STLMLP, STLLinear, stl_linear
 from stl.kernels import narrow
 from stl.kernels.narrow import is_narrow
 from stl.mlp import ACTIVATIONS
@@ -28,7 +28,8 @@ DTYPE, TOLERANCE = (torch.float32, 2e-6) if CPU else (torch.bfloat16, 0.05)  # i
 
 @pytest.fixture(autouse=True)
 def wide_ones_would_fail(monkeypatch):
-    """No layer is computed by the kernels of wide ones."""
+    """No layer is computed by the kernels of wide ones; of narrow ones also those for which they would be faster."""
+    monkeypatch.setattr(narrow, "MOST_WEIGHT", 2 * narrow.MOST_WEIGHT)
     for module in ("encode", "decode"):
         monkeypatch.setattr(f"stl.kernels.{module}._launch", None)
 
@@ -42,7 +43,7 @@ def test_output_and_all_gradients(basis, row_axis):
 @given(
     lead=st.lists(st.integers(1, 3), max_size=2).map(tuple),
     n=st.integers(1, 70),
-    k=st.integers(1, 140),
+    k=st.integers(1, 128),
     rank_and_m=st.one_of(
         st.tuples(st.integers(7, 16), st.integers(1, 128)), st.tuples(st.integers(17, 32), st.integers(1, 64))
     ),
@@ -72,17 +73,6 @@ def test_nothing_is_read_behind_rows_that_end_with_a_tile():
     arguments = [tensor.to(DTYPE) for tensor in operands((2, 8, 60), 20, "hadamard", 4, 16)]
     arguments[0] = F.pad(arguments[0], (0, 8), value=float("nan"))[..., :60]
     assert_operator_agrees(arguments, DTYPE, TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("m", "basis"), [(130, ("hadamard", 4, 16)), (254, ("hadamard", 4, 16)), (60, ("strassen", 4, 49))]
-)
-def test_without_gradients_more_is_narrow(m, basis):
-    arguments = [tensor.to(DTYPE) for tensor in operands((2, 37, 60), m, *basis)]
-    with torch.no_grad():
-        y = stl_linear(*arguments, backend="triton")
-    exact = stl_linear(*(tensor.double() for tensor in arguments))
-    assert (y.double() - exact).norm() <= TOLERANCE * exact.norm()
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32, torch.float64])
@@ -138,13 +128,6 @@ def test_nothing_is_computed_for_a_residual_alone():
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 0
-
-
-def test_what_was_traced_without_gradients_may_be_too_wide_for_them():
-    x, *layer = (tensor.to(DTYPE).requires_grad_() for tensor in operands((2, 5, 7), 254, "hadamard", 4, 16))
-    y = torch.ops.stl.narrow_linear(x, *layer, None, 254, "", False)
-    with pytest.raises(SettingError, match="without gradients is too wide for them"):
-        y.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -255,11 +238,8 @@ def test_what_is_narrow(monkeypatch):
     assert is_narrow(torch.bfloat16, 4, (32, 16, 16))
     assert not is_narrow(torch.float32, 4, (16, 16, 16))
     assert not is_narrow(torch.bfloat16, 8, (16, 16, 16))
-    assert not is_narrow(torch.bfloat16, 4, (49, 16, 16))  # too many channels
-    assert not is_narrow(torch.bfloat16, 4, (16, 257, 1))  # a weight too large
-    assert not is_narrow(torch.bfloat16, 4, (16, 37, 48))
-    with torch.no_grad():
-        assert is_narrow(torch.bfloat16, 4, (16, 37, 48))
+    assert not is_narrow(torch.bfloat16, 4, (33, 1, 16))  # too many channels
+    assert not is_narrow(torch.bfloat16, 4, (16, 65, 1))  # a weight too large
 
 
 @pytest.mark.skipif(CPU, reason="needs a GPU with 40 GB of memory")
