@@ -87,7 +87,7 @@ def stl_linear(
     tile, out_features = check_arguments(x, weight, encoder, decoder, bias, row_axis, out_features)
     check_residual(residual, x, out_features)
     rank = weight.shape[0]
-    if kernels.use_triton(backend, x, tile, rank):
+    if kernels.use_triton(backend, x, tile, rank, out_features):
         from stl.kernels.linear import linear  # needs triton
 
         return linear(x, weight, encoder, decoder, bias, row_axis, out_features, residual)

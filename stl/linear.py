@@ -293,7 +293,7 @@ class STLLinear(nn.Module):
 
         Raises SettingError where it asks for kernels that there are not.
         """
-        return kernels.use_triton(self.backend, x, self.tile, self.rank)
+        return kernels.use_triton(self.backend, x, self.tile, self.rank, self.out_features)
 
     def extra_repr(self) -> str:
         return (

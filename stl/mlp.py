@@ -129,7 +129,8 @@ class STLMLP(nn.Module):
         alone = (layer.stream is not None or layer.lacks_samples(x) for layer in self.layers)
         if self.backend == "mixed" or any(alone):
             return False
-        return kernels.use_triton(self.backend, x, self.layers[0].tile, max(layer.rank for layer in self.layers))
+        rank = max(layer.rank for layer in self.layers)
+        return kernels.use_triton(self.backend, x, self.layers[0].tile, rank, self.layers[-1].out_features)
 
     def _by_kernels(self, x: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:
         from stl.kernels.mlp import mlp  # needs triton

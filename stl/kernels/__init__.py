@@ -31,8 +31,9 @@ TILES = tuple(HIGHEST_RANK)
 LEAST_WORK, LEAST_WORK_OF_TRAINING = 2**24, 2**26
 
 
-def use_triton(backend: str, x: Tensor, tile: int, rank: int) -> bool:
-    """Whether the kernels take this call; "auto" leaves to the reference what is slower by them, or impossible.
+def use_triton(backend: str, x: Tensor, tile: int, rank: int, out_features: int | None = None) -> bool:
+    """Whether the kernels take this call, which gives so many features, by default those of x; "auto" leaves to the
+    reference what is slower by them, or impossible.
 
     Raises SettingError for an unknown backend, and where backend="triton" is impossible.
     """
@@ -47,7 +48,7 @@ def use_triton(backend: str, x: Tensor, tile: int, rank: int) -> bool:
             return False
         # The CPU's time counts only where what it launches is not recorded.
         recorded = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
-        work = None if recorded else x.numel() * rank // tile**2
+        work = None if recorded else encoded_numbers(x, tile, rank, out_features)
         return is_faster(dtype, rank, work, torch.is_grad_enabled())
     if reason:
         raise SettingError(f"backend='triton' {reason}")
@@ -60,12 +61,19 @@ def holds_rows(tile: int, features: int) -> bool:
     return -(-features // tile) <= (with_gradients if torch.is_grad_enabled() else without)
 
 
+def encoded_numbers(x: Tensor, tile: int, rank: int, out_features: int | None) -> int:
+    """Of the input encoded, or of the channels behind the products where these are fewer."""
+    features = x.shape[-1]
+    narrower = features if out_features is None else min(features, out_features)
+    return x.numel() * rank * narrower // max(1, features * tile**2)
+
+
 def is_faster(dtype: torch.dtype, rank: int, work: int | None, training: bool) -> bool:
     """The rule of "auto", measured on an H200: whether the kernels are faster than the reference.
 
     As the GPU's work they are, but for float32 products of more than 32 channels. Called one by one (`work`: the
-    numbers of the encoded input) they also cost the CPU more, up to a size; compiled, or in a CUDA graph, `work` is
-    None. Of tiles of 8 the work was measured, in bf16 at r = 64; the size is that of tiles of 4.
+    `encoded_numbers`) they also cost the CPU more, up to a size; compiled, or in a CUDA graph, `work` is None. Of tiles
+    of 8 the work was measured, in bf16 at r = 64; the size is that of tiles of 4.
     """
     if dtype == torch.float32 and rank > 32:
         return False

@@ -318,6 +318,14 @@ def test_the_rule_of_auto(dtype, rank, work, training, faster):
     assert kernels.is_faster(dtype, rank, work, training) == faster
 
 
+def test_encoded_numbers_are_those_of_the_narrower_side():
+    x = torch.empty(3, 40, 64)
+    assert kernels.encoded_numbers(x, 4, 16, None) == 3 * 10 * 16 * 16
+    assert kernels.encoded_numbers(x, 4, 16, 128) == 3 * 10 * 16 * 16
+    assert kernels.encoded_numbers(x, 4, 16, 32) == 3 * 10 * 8 * 16
+    assert kernels.encoded_numbers(torch.empty(0), 4, 16, 32) == 0
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_auto_takes_the_kernels_in_compiled_code():
     arguments = [tensor.bfloat16() for tensor in operands((2, 16, 64), 64, "hadamard", 4, 16)]
