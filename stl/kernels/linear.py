@@ -23,6 +23,7 @@ from stl.kernels.operators import (
     contiguous,
     encode_gemm_macs,
     only_once,
+    operator,
     rows_of_tiles,
     sample_view,
     sum_dtype,
@@ -67,7 +68,7 @@ def encode_gemm(x: Tensor, weight: Tensor, encoder: Tensor, rows_first: bool) ->
     return torch.ops.stl.encode_gemm(x, weight, encoder, rows_first)
 
 
-@torch.library.custom_op("stl::encode_gemm", mutates_args=())
+@operator("encode_gemm")
 def _encode_gemm(x: Tensor, weight: Tensor, encoder: Tensor, rows_first: bool) -> Tensor:
     """x (B, n, k), or (n, B, k) where `rows_first`; encoder (r, t²); weight (r, K, M), whose rows from ⌈k/t⌉ on meet
     tiles of zeros → channels (r, P, M)."""
@@ -80,7 +81,7 @@ def _(x, weight, encoder, rows_first):
     return x.new_empty(weight.shape[0], rows_of_tiles(x.shape, tile_of(encoder), rows_first), weight.shape[2])
 
 
-@torch.library.custom_op("stl::encode_gemm_backward", mutates_args=())
+@operator("encode_gemm_backward")
 def _encode_gemm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, encoder: Tensor, rows_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +139,7 @@ def _needed(x: Any, weight: Any, tile: int) -> tuple[int, int, int]:
 # --- decode ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("stl::decode", mutates_args=())
+@operator("decode")
 def _decode(
     channels: Tensor,
     decoder: Tensor,
@@ -171,7 +172,7 @@ def _(channels, decoder, bias, residual, first, second, m, rows_first):
     return channels.new_empty(first, second, m, dtype=sum_dtype(channels, residual))
 
 
-@torch.library.custom_op("stl::decode_backward", mutates_args=())
+@operator("decode_backward")
 def _decode_backward(
     gradient: Tensor, channels: Tensor | None, decoder: Tensor, bias: bool, rows_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from stl.kernels.operators import (
     contiguous,
     encode_gemm_macs,
     only_once,
+    operator,
     tile_of,
     wanted,
 )
@@ -74,7 +75,7 @@ def mlp(
     return y.view(*x.shape[:-1], out_features)
 
 
-@torch.library.custom_op("stl::hidden_gemm", mutates_args=())
+@operator("hidden_gemm")
 def _hidden_gemm(
     channels: Tensor,
     decoder: Tensor,
@@ -105,7 +106,7 @@ def _(channels, decoder, bias, up, up_decoder, up_bias, encoder, weight, activat
     return channels.new_empty(weight.shape[0], channels.shape[1], weight.shape[2])
 
 
-@torch.library.custom_op("stl::hidden_gemm_backward", mutates_args=())
+@operator("hidden_gemm_backward")
 def _hidden_gemm_backward(
     gradient: Tensor,
     channels: Tensor,

@@ -16,6 +16,7 @@ from stl.kernels.operators import (
     contiguous,
     encode_gemm_macs,
     only_once,
+    operator,
     rows_of_tiles,
     sample_view,
     sum_dtype,
@@ -23,7 +24,7 @@ from stl.kernels.operators import (
 )
 
 
-@torch.library.custom_op("stl::narrow_linear", mutates_args=())
+@operator("narrow_linear")
 def _narrow_linear(
     x: Tensor,
     weight: Tensor,
@@ -53,7 +54,7 @@ def _(x, weight, encoder, decoder, bias, residual, m, activation, rows_first):
     return x.new_empty(*x.shape[:2], m, dtype=sum_dtype(x, residual))
 
 
-@torch.library.custom_op("stl::narrow_linear_backward", mutates_args=())
+@operator("narrow_linear_backward")
 def _narrow_linear_backward(
     gradient: Tensor,
     x: Tensor,

@@ -21,6 +21,7 @@ from stl.kernels.operators import (
     contiguous,
     encode_gemm_macs,
     only_once,
+    operator,
     rows_of_tiles,
     sample_view,
     tile_of,
@@ -150,7 +151,7 @@ def _norm_encode_backward(
         store_column_sums(shift_sum, dshift, pid, j, k, T, TT)
 
 
-@torch.library.custom_op("stl::norm_encode_gemm", mutates_args=())
+@operator("norm_encode_gemm")
 def _norm_encode_gemm(
     x: Tensor,
     gain: Tensor,
@@ -181,7 +182,7 @@ def _(x, gain, shift, weight, encoder, eps, centre, rows_first):
     return weight.new_empty(weight.shape[0], rows_of_tiles(x.shape, tile_of(encoder), rows_first), weight.shape[2])
 
 
-@torch.library.custom_op("stl::norm_encode_gemm_backward", mutates_args=())
+@operator("norm_encode_gemm_backward")
 def _norm_encode_gemm_backward(
     gradient: Tensor,
     x: Tensor,

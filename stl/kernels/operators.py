@@ -1,5 +1,6 @@
 """What the operators have in common: how they take samples, and what their gradients and costs are made of."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,12 @@ from torch import Tensor
 from stl.errors import SettingError
 
 Layer = tuple[Tensor, Tensor, Tensor, Tensor | None]  # weight, encoder, decoder, bias
+
+
+def operator(name: str) -> Callable[[Callable[..., object]], Any]:
+    """Makes a function `torch.ops.stl.<name>`. It must take tensors of any strides, so that compiled code hands on what
+    it has; for the strides of a call that was not compiled, it would copy."""
+    return torch.library.custom_op(f"stl::{name}", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 
 
 def as_samples(x: Tensor, row_axis: str) -> tuple[Tensor, bool]:

@@ -16,5 +16,5 @@ def weight_gradient(channels: Tensor, gradient: Tensor) -> Tensor:
     blocks = rank * ceil(K / BLOCK) * ceil(M / BLOCK)
     if P % PARTS or P < PARTS * ROWS_OF_A_PART or blocks > FEW_BLOCKS:
         return torch.bmm(channels.mT, gradient)
-    shares = torch.bmm(channels.view(-1, P // PARTS, K).mT, gradient.view(-1, P // PARTS, M))
+    shares = torch.bmm(channels.reshape(-1, P // PARTS, K).mT, gradient.reshape(-1, P // PARTS, M))
     return shares.view(rank, PARTS, K, M).sum(1, dtype=torch.float32).to(gradient.dtype)
