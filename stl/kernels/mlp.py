@@ -1,7 +1,7 @@
 """STL layers with an activation between them: `stl::hidden_gemm` stands between their GEMMs.
 
 What it keeps for the backward pass are the channels of the layers before it; the hidden activations are nowhere in
-memory.
+memory. An MLP of two narrow layers is these one after the other.
 """
 
 from typing import Any

@@ -37,16 +37,14 @@ from stl.kernels.weight_gradient import weight_gradient
 ROWS, WARPS = 32, 8  # of tiles, that a program takes at once, and its warps
 ROWS_OF_TRAINING, WARPS_OF_TRAINING = 16, 4
 TILE = 4  # whose 16 entries `tl.dot` takes; smaller ones would have to be grouped, larger ones take more registers
-# With what is padded: channels of a row of tiles, which stay in registers, and numbers of an encoded weight.
-MOST_CHANNELS, MOST_WEIGHT = 512, 2**13
+MOST_CHANNELS = 512  # of a row of tiles, with what is padded; they stay in registers
 
 
 def is_narrow(dtype: torch.dtype, tile: int, shape: Sequence[int]) -> bool:
     """Whether a layer with an encoded weight of this shape (r, K, M) is computed here: in 16 bits, where it is so small
-    that one pass is the faster one; in the interpreter, which has no bf16, in float32 as well."""
+    that one pass is the faster one, and spills little; in the interpreter, which has no bf16, in float32 as well."""
     rank, K, M = shape
-    channels = padded(rank) * padded(M)
-    fits = channels <= MOST_CHANNELS and channels * K <= MOST_WEIGHT
+    fits = K % LEAST == 0 and M <= LEAST and padded(rank) * max(K, LEAST) <= MOST_CHANNELS
     return tile == TILE and fits and (dtype != torch.float32 or INTERPRETED)
 
 

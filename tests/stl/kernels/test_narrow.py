@@ -27,11 +27,12 @@ DTYPE, TOLERANCE = (torch.float32, 2e-6) if CPU else (torch.bfloat16, 0.05)  # i
 
 
 @pytest.fixture(autouse=True)
-def wide_ones_would_fail(monkeypatch):
-    """No layer is computed by the kernels of wide ones; of narrow ones also those for which they would be faster."""
-    monkeypatch.setattr(narrow, "MOST_WEIGHT", 2 * narrow.MOST_WEIGHT)
+def all_are_narrow(monkeypatch):
+    """Also those for which the kernels of wide ones, which would fail, are faster."""
     for module in ("encode", "decode"):
         monkeypatch.setattr(f"stl.kernels.{module}._launch", None)
+    for module in ("linear", "mlp"):
+        monkeypatch.setattr(f"stl.kernels.{module}.is_narrow", lambda *_: True)
 
 
 @pytest.mark.parametrize("row_axis", ROW_AXES)
@@ -100,7 +101,9 @@ def mlp(activation: str = "gelu", bias: bool = True, hidden: int = 38) -> STLMLP
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_an_mlp_and_all_its_gradients(activation, bias):
-    assert_agree(mlp(activation, bias), gaussian(2, 21, 23, seed=0), DTYPE, max(TOLERANCE, 5e-6))
+    # In 16 bits a rounding may take a sum of 1600 across relu's kink, and its gradient with it: 1/√800 of all.
+    tolerance = 3 * TOLERANCE if activation == "relu" else max(TOLERANCE, 5e-6)
+    assert_agree(mlp(activation, bias), gaussian(2, 21, 23, seed=0), DTYPE, tolerance)
 
 
 def test_an_activation_is_computed_before_the_addition():
@@ -235,11 +238,14 @@ def test_empty_inputs(shape):
 def test_what_is_narrow(monkeypatch):
     monkeypatch.setattr(narrow, "INTERPRETED", False)
     assert is_narrow(torch.bfloat16, 4, (16, 16, 16))
-    assert is_narrow(torch.bfloat16, 4, (32, 16, 16))
+    assert is_narrow(torch.float16, 4, (32, 16, 1))
+    assert is_narrow(torch.bfloat16, 4, (7, 32, 16))
     assert not is_narrow(torch.float32, 4, (16, 16, 16))
     assert not is_narrow(torch.bfloat16, 8, (16, 16, 16))
-    assert not is_narrow(torch.bfloat16, 4, (33, 1, 16))  # too many channels
-    assert not is_narrow(torch.bfloat16, 4, (16, 65, 1))  # a weight too large
+    assert not is_narrow(torch.bfloat16, 4, (33, 16, 16))  # too many channels
+    assert not is_narrow(torch.bfloat16, 4, (17, 32, 16))
+    assert not is_narrow(torch.bfloat16, 4, (16, 16, 17))  # more than a block of outputs
+    assert not is_narrow(torch.bfloat16, 4, (16, 15, 16))  # not whole blocks of inputs
 
 
 @pytest.mark.skipif(CPU, reason="needs a GPU with 40 GB of memory")
