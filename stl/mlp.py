@@ -1,7 +1,7 @@
 """The STL layers of an MLP with the activation between them as one module.
 
-With kernels the hidden activations do not reach memory: the channels of one layer become those of the next at once.
-Where both layers are narrow each is one kernel, and the activation a part of the first.
+With kernels the hidden activations never reach memory: the channels of one layer become those of the next at once. But
+two narrow layers are one kernel each, with the activation in the first, and what is hidden lies between them.
 """
 
 from collections.abc import Callable, Sequence

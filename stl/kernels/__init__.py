@@ -32,8 +32,9 @@ LEAST_WORK, LEAST_WORK_OF_TRAINING = 2**24, 2**26
 
 
 def use_triton(backend: str, x: Tensor, tile: int, rank: int, out_features: int | None = None) -> bool:
-    """Whether the kernels take this call, which gives so many features, by default those of x; "auto" leaves to the
-    reference what is slower by them, or impossible.
+    """Whether the kernels take this call; "auto" leaves to the reference what is slower by them, or impossible.
+
+    Without `out_features`, of the layer, there are as many as x has.
 
     Raises SettingError for an unknown backend, and where backend="triton" is impossible.
     """
@@ -62,8 +63,8 @@ def holds_rows(tile: int, features: int) -> bool:
 
 
 def encoded_numbers(x: Tensor, tile: int, rank: int, out_features: int | None) -> int:
-    """Of the input encoded, or of the channels behind the products where these are fewer."""
-    features = x.shape[-1]
+    """How many the encoded input has, or the channels behind the products, whichever are fewer."""
+    features = x.shape[-1] if x.ndim else 1
     narrower = features if out_features is None else min(features, out_features)
     return x.numel() * rank * narrower // max(1, features * tile**2)
 

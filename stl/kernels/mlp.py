@@ -1,7 +1,7 @@
 """STL layers with an activation between them: `stl::hidden_gemm` stands between their GEMMs.
 
 What it keeps for the backward pass are the channels of the layers before it; the hidden activations are nowhere in
-memory. An MLP of two narrow layers is these one after the other.
+memory. Two narrow layers are `stl::narrow_linear` one after the other, and what is hidden lies between them.
 """
 
 from typing import Any

@@ -44,7 +44,7 @@ def is_narrow(dtype: torch.dtype, tile: int, shape: Sequence[int]) -> bool:
     """Whether a layer with an encoded weight of this shape (r, K, M) is computed here: in 16 bits, where it is so small
     that one pass is the faster one, and spills little; in the interpreter, which has no bf16, in float32 as well."""
     rank, K, M = shape
-    fits = K % LEAST == 0 and M <= LEAST and padded(rank) * max(K, LEAST) <= MOST_CHANNELS
+    fits = K % LEAST == 0 and 0 < M <= LEAST and padded(rank) * max(K, LEAST) <= MOST_CHANNELS
     return tile == TILE and fits and (dtype != torch.float32 or INTERPRETED)
 
 

@@ -66,8 +66,6 @@ def _narrow_linear_backward(
     rows_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, encoder, decoder and bias; the last is empty where there is none."""
-    if gradient.dtype == torch.float64:  # as that of a sum with a residual may be
-        gradient = gradient.float()
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     layer = _layer(weight, encoder, decoder, bias)
     gradient, x, inputs = (sample_view(of, rows_first) for of in (gradient, x, dx))

@@ -1,4 +1,5 @@
-"""What the operators have in common: how they take samples, and what their gradients and costs are made of."""
+"""What the operators have in common: how they are declared, how they take samples, and what their gradients and costs
+are made of."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,8 @@ Layer = tuple[Tensor, Tensor, Tensor, Tensor | None]  # weight, encoder, decoder
 
 
 def operator(name: str) -> Callable[[Callable[..., object]], Any]:
-    """Makes a function `torch.ops.stl.<name>`. It must take tensors of any strides, so that compiled code hands on what
-    it has; for the strides of a call that was not compiled, it would copy."""
+    """Makes a function `torch.ops.stl.<name>`, which must take tensors of any strides. Compiled code then hands on what
+    it has; without the tag, it copies arguments into the strides that they have in a call that is not compiled."""
     return torch.library.custom_op(f"stl::{name}", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 
 

@@ -324,6 +324,7 @@ def test_encoded_numbers_are_those_of_the_narrower_side():
     assert kernels.encoded_numbers(x, 4, 16, 128) == 3 * 10 * 16 * 16
     assert kernels.encoded_numbers(x, 4, 16, 32) == 3 * 10 * 8 * 16
     assert kernels.encoded_numbers(torch.empty(0), 4, 16, 32) == 0
+    assert kernels.encoded_numbers(torch.tensor(1.0), 4, 16, 32) == 1  # which is refused later, with the reason
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

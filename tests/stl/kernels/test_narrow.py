@@ -79,14 +79,18 @@ def test_nothing_is_read_behind_rows_that_end_with_a_tile():
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("row_axis", ROW_AXES)
 def test_a_residual_of_any_precision(precision, row_axis):
-    arguments = [tensor.to(DTYPE) for tensor in operands((3, 6, 11), 9, "hadamard", 4, 16)]
+    arguments = [tensor.to(DTYPE).requires_grad_() for tensor in operands((3, 6, 11), 9, "hadamard", 4, 16)]
     residual = gaussian(3, 6, 9, seed=5).to(precision).requires_grad_()
     y = stl_linear(*arguments, row_axis=row_axis, residual=residual, backend="triton")
-    wanted = stl_linear(*(t.double() for t in arguments), row_axis=row_axis) + residual.detach().double()
+    inputs = [tensor.detach().double().requires_grad_() for tensor in arguments]
+    exact = stl_linear(*inputs, row_axis=row_axis) + residual.detach().double()
     assert y.dtype == torch.promote_types(DTYPE, precision)
-    assert (y.double() - wanted).norm() <= TOLERANCE * wanted.norm()
-    (gradient,) = torch.autograd.grad(y.sum(), residual)
-    assert torch.equal(gradient, torch.ones_like(residual))
+    assert (y.double() - exact).norm() <= TOLERANCE * exact.norm()
+    *gradients, added = torch.autograd.grad(y.sum(), [*arguments, residual])
+    assert torch.equal(added, torch.ones_like(residual))
+    for got, wanted in zip(gradients, torch.autograd.grad(exact.sum(), inputs), strict=True):
+        assert got.dtype == DTYPE
+        assert (got.double() - wanted).norm() <= TOLERANCE * wanted.norm()
 
 
 def mlp(activation: str = "gelu", bias: bool = True, hidden: int = 38) -> STLMLP:
@@ -115,7 +119,7 @@ def test_an_activation_is_computed_before_the_addition():
 
 
 @pytest.mark.parametrize("frozen", [(), (2, 3), (0,), (1, 2, 3), (4,), (0, 1, 2, 3)])
-def test_frozen_arguments_have_no_gradient(frozen):
+def test_gradients_where_others_are_frozen(frozen):
     arguments = [tensor.to(DTYPE) for tensor in operands((2, 5, 7), 6, "hadamard", 4, 16)]
     trained = [tensor.requires_grad_() for index, tensor in enumerate(arguments) if index not in frozen]
     gradients = torch.autograd.grad(stl_linear(*arguments, backend="triton").sum(), trained)  # one that is expanded

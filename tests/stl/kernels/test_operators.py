@@ -35,30 +35,37 @@ def other_strides(value):
     return memory.permute(*reversed(range(value.ndim))).copy_(value)
 
 
-def layer(k: int, m: int) -> STLLinear:
-    return STLLinear(k, m, tile=4, rank=16, basis="random")
+def layer(k: int, m: int, **settings) -> STLLinear:
+    return STLLinear(k, m, tile=4, rank=16, basis="random", **settings)
 
 
-def called(module: nn.Module, *shape: int) -> dict:
-    """By module(x), with x of this shape, and by its gradients."""
+def called(module: nn.Module, *residual: Tensor) -> dict:
+    """By module(x, *residual), with x of 9 features, and by its gradients."""
     set_backend(module.to(DEVICE, DTYPE), "triton")
-    x = gaussian(*shape, seed=0).to(DTYPE).requires_grad_()
+    x = gaussian(2, 5, 9, seed=0).to(DTYPE).requires_grad_()
     with Calls() as calls:
-        module(x).sum().backward()
+        module(x, *residual).sum().backward()
     return calls.of
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    wide = STLMLP(layer(9, 14), "gelu", layer(14, 9))
-    gated = STLMLP(layer(9, 14), "silu", layer(14, 9), up=layer(9, 14))
-    normed = STLNormLinear(nn.LayerNorm(9), layer(9, 14))
-    made = called(wide, 2, 5, 9)
-    for module in (gated, normed):
-        for name, of in called(module, 2, 5, 9).items():
-            made[name] = made.get(name, []) + of
+    residual = gaussian(2, 5, 14, seed=1).to(DTYPE)
+    made = [
+        called(layer(9, 14), residual),
+        called(layer(9, 14, bias=False, row_axis="batch")),
+        called(STLMLP(layer(9, 16), "gelu", layer(16, 14)), residual),
+        called(STLMLP(layer(9, 16), "silu", layer(16, 14), up=layer(9, 16))),
+        called(STLMLP(layer(9, 32, bias=False), "silu", layer(16, 14), halves=True)),
+        called(STLNormLinear(nn.LayerNorm(9), layer(9, 14))),
+    ]
     monkeypatch.setattr("stl.kernels.linear.is_narrow", lambda *_: True)
-    return made | called(layer(9, 14), 2, 5, 9)
+    made += [called(layer(9, 14), residual), called(layer(9, 14, bias=False, row_axis="batch"))]
+    together: dict = {}
+    for of in made:
+        for name, each in of.items():
+            together.setdefault(name, []).extend(each)
+    return together
 
 
 def test_operators_take_tensors_of_any_strides_and_give_those_that_were_announced(calls):
