@@ -25,4 +25,4 @@ def pytest_collection_modifyitems(items):
 def apart(request, monkeypatch):
     """Layers of as few features as tests have are computed as wide ones are, but in the tests of narrow ones."""
     if request.path.stem != "test_narrow" and (narrow := sys.modules.get("stl.kernels.narrow")):
-        monkeypatch.setattr(narrow, "MOST_CHANNELS", 0)
+        monkeypatch.setattr(narrow, "MOST_RANK", 0)

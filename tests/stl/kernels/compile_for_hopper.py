@@ -20,8 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from stl import get_basis, kernels
 from stl.kernels import linear, mlp, norm  # noqa: F401  they register the operators
-from stl.kernels.narrow import MOST_CHANNELS, is_narrow
-from stl.kernels.tiles import LEAST, padded
+from stl.kernels.narrow import BLOCK, is_narrow
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>.*);")
@@ -108,15 +107,16 @@ def main(tile: int, rank: int, name: str, dtype: torch.dtype) -> None:
 
 
 def compile_narrow(rank: int, encoder: Tensor, decoder: Tensor, dtype: torch.dtype) -> None:
-    """An MLP of 64 features, then the largest layer, on rows enough that programs of the backward pass take several."""
-    x = torch.ones(64, 3136, 64, dtype=dtype).requires_grad_()
-    weight, bias = (torch.ones(shape, dtype=dtype).requires_grad_() for shape in ((rank, 16, 16), (64,)))
+    """An MLP of 64 features, then a layer not all of whose tiles are whole, on rows enough that programs of the
+    backward pass take several."""
+    tiles = BLOCK
+    x = torch.ones(64, 3136, 4 * tiles, dtype=dtype).requires_grad_()
+    weight, bias = (torch.ones(shape, dtype=dtype).requires_grad_() for shape in ((rank, tiles, tiles), (4 * tiles,)))
     layer = (weight, encoder, decoder, bias)
-    mlp.mlp(x, layer, None, layer, "gelu", "tokens", 64, 64, None, x.detach()).sum().backward()
-    columns = MOST_CHANNELS // padded(rank)
-    x = torch.ones(64, 3136, 4 * columns, dtype=dtype).requires_grad_()
-    weight = torch.ones(rank, columns, LEAST, dtype=dtype).requires_grad_()
-    linear.linear(x, weight, encoder, decoder, None, "tokens", 4 * LEAST, None).sum().backward()
+    mlp.mlp(x, layer, None, layer, "gelu", "tokens", 4 * tiles, 4 * tiles, None, x.detach()).sum().backward()
+    x = torch.ones(64, 3135, 4 * tiles - 3, dtype=dtype).requires_grad_()
+    weight = torch.ones(rank, tiles, tiles, dtype=dtype).requires_grad_()
+    linear.linear(x, weight, encoder, decoder, None, "tokens", 4 * tiles - 2, None).sum().backward()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import DEVICE, assert_operator_agrees, gaussian, operands, operator_results
+from agreement import DEVICE, assert_operator_agrees, gaussian, operands, operator_flops, operator_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import program
@@ -200,14 +200,9 @@ def test_the_counted_flops_are_those_of_the_reference_and_of_encoding_again(row_
     for matrix in arguments[2:4]:
         matrix.requires_grad_(train_basis)
 
-    def flops(backend: str) -> tuple[int, int]:
-        with FlopCounterMode(display=False) as counter:
-            y = stl_linear(*arguments, row_axis=row_axis, backend=backend)
-            forward = counter.get_total_flops()
-            y.sum().backward()
-        return forward, counter.get_total_flops() - forward
-
-    (forward, backward), (wanted, wanted_backward) = flops("triton"), flops("torch")
+    (forward, backward), (wanted, wanted_backward) = (
+        operator_flops(arguments, row_axis=row_axis, backend=backend) for backend in ("triton", "torch")
+    )
     tiles = 3 * 2 * 2 if row_axis == "tokens" else 6 * 1 * 2
     encode = 2 * tiles * 16 * 16
     assert forward == wanted
