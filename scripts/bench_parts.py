@@ -5,7 +5,7 @@
     python scripts/bench_parts.py --device cpu --dtype float32 --shapes 1024,2048,2048
 
 A shape n,k,m is a layer of k → m features on n rows. Beside its parts stand the whole layer, which computes them one
-after the other (a narrow one as one kernel), and the dense one. Each is checked before it is timed, against
+after the other (but for narrow ones), and the dense one. Each is checked before it is timed, against
 the reference in higher precision, on what the part before it gave. What each must read, write and multiply, at the
 ceilings that the same run measured, is its bound; every line ends with the share of its time that this is. The file is
 rewritten after every shape.

@@ -63,10 +63,11 @@ def fuse_blocks(model: nn.Module) -> list[str]:
     Where the last step of f is an STL layer or MLP, its decode adds x; steps that change nothing, as dropout of
     probability 0, or DropPath in evaluation, are none. Where a LayerNorm or RMSNorm feeds one STL layer or MLP only,
     which may stand inside an attention module, it is computed as that encodes, up to
-    `stl.kernels.MOST_NORMALISED_TILES` tiles wide, 2048 features at t = 4, half of that with gradients enabled. Behind
-    LayerScale, and behind dropout and DropPath in training, the addition stays. A module that cannot be traced, or
-    changes itself, stays as it is, and so does one that takes any keywords, as transformers' do: such models call their
-    blocks with more than x, for which there is no graph, and their norms are their own classes.
+    `stl.kernels.MOST_NORMALISED_TILES` tiles wide, 2048 features at t = 4, half of that with gradients enabled, but not
+    before narrow layers. Behind LayerScale, and behind dropout and DropPath in training, the addition stays. A module
+    that cannot be traced, or changes itself, stays as it is, and so does one that takes any keywords, as transformers'
+    do: such models call their blocks with more than x, for which there is no graph, and their norms are their own
+    classes.
 
     Returns the names of the MLPs and the blocks; state dicts stay as they were. With kernels a block's mode is that of
     all that stands in it, probabilities and other attributes are those of this moment, and hooks that modules in it get

@@ -9,7 +9,9 @@ from stl import kernels
 from stl.basis import Basis, get_basis
 from stl.errors import SettingError
 from stl.functional import ROW_AXES, check_arguments, check_residual, encode_weight, stl_linear
+from stl.kernels.expanded import is_expanded
 from stl.normalisation import Norm
+from stl.precision import without_autocast
 from stl.stream import Stream
 
 SPEC_BYTES = 96
@@ -24,9 +26,9 @@ class STLLinear(nn.Module):
     Attributes: `weight` (r, ⌈k/t⌉, ⌈m/t⌉), or with `train_weight="dense"` None and `dense_weight` (k, m); `encoder`
     (r, t²), `decoder` (r, t²), `bias` (m,) or None.
 
-    Input (..., n, k), a residual of the output's shape that is added to it, and a norm that is applied to the input,
-    with kernels neither a pass over memory of its own; output (..., n, m). The t rows of a tile mix where the basis is
-    not exact, so it matters which rows share a tile:
+    Input (..., n, k), a residual of the output's shape that is added to it, and a norm that is applied to the input, by
+    kernels neither in a pass over memory of its own, unless the layer is narrow; output (..., n, m). The t rows of a
+    tile mix where the basis is not exact, so it matters which rows share a tile:
 
     - `row_axis="tokens"`: neighbours along axis −2. A 2-D input is (batch, features), as everywhere in PyTorch: each
       sample is then one token, alone in its tile, so that samples never mix.
@@ -219,7 +221,7 @@ class STLLinear(nn.Module):
 
     def stream_of(self, x: Tensor) -> Stream | None:
         """What remembers the rows of this x."""
-        return None if self.row_axis == "batch" or self._has_lone_rows(x) else self.stream
+        return None if self.row_axis == "batch" or self.has_lone_rows(x) else self.stream
 
     def lacks_samples(self, x: Tensor) -> bool:
         """Whether copies of the samples of x, (B, …, k), fill its last tile."""
@@ -250,7 +252,14 @@ class STLLinear(nn.Module):
 
         Raises SettingError where it asks for kernels that there are not.
         """
-        return self.uses_kernels(x) and kernels.holds_rows(self.tile, self.in_features) and norm.goes_with(x)
+        if not (self.uses_kernels(x) and self.holds(norm, x)):
+            return False
+        k, m = self.in_features, self.out_features
+        return self.has_lone_rows(x) or not is_expanded(x, self.tile, self.rank, [(k, m)], self.row_axis, beside=k)
+
+    def holds(self, norm: Norm, x: Tensor) -> bool:
+        """Whether kernels that encode x have room for the norm."""
+        return kernels.holds_rows(self.tile, self.in_features) and norm.goes_with(x)
 
     def with_rows(self, x: Tensor) -> Tensor:
         """x as `stl_linear` takes it: where its rows are samples of one token each, every row a matrix of its own.
@@ -259,14 +268,15 @@ class STLLinear(nn.Module):
         """
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise SettingError(f"x has shape {tuple(x.shape)}; in_features={self.in_features} must be its last size")
-        return x.unsqueeze(-2) if self._has_lone_rows(x) else x
+        return x.unsqueeze(-2) if self.has_lone_rows(x) else x
 
     def with_rows_of(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """The residual as `stl_linear` takes it beside `with_rows(x)`. Raises SettingError where it does not fit."""
         check_residual(residual, x, self.out_features)
-        return residual if residual is None or not self._has_lone_rows(x) else residual.unsqueeze(-2)
+        return residual if residual is None or not self.has_lone_rows(x) else residual.unsqueeze(-2)
 
-    def _has_lone_rows(self, x: Tensor) -> bool:
+    def has_lone_rows(self, x: Tensor) -> bool:
+        """Whether every row of x is a sample of one token, alone in its tile."""
         return x.ndim == 1 or (x.ndim == 2 and self.row_axis == "tokens")
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -277,9 +287,7 @@ class STLLinear(nn.Module):
         """(r, ⌈k/t⌉, ⌈m/t⌉)."""
         if self.dense_weight is None or self.encode_w is None:
             return self.weight
-        if self.dense_weight.is_meta:  # which autocast does not know
-            return encode_weight(self.dense_weight, self.encode_w)
-        with torch.autocast(self.dense_weight.device.type, enabled=False):  # rounded once, behind it
+        with without_autocast(self.dense_weight):  # rounded once, behind it
             return encode_weight(self.dense_weight, self.encode_w)
 
     def within_pivots(self, encoder: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor]:

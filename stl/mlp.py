@@ -1,7 +1,7 @@
 """The STL layers of an MLP with the activation between them as one module.
 
-With kernels the hidden activations never reach memory: the channels of one layer become those of the next at once. But
-two narrow layers are one kernel each, with the activation in the first, and what is hidden lies between them.
+With kernels the hidden activations never reach memory: the channels of one layer become those of the next at once.
+Narrow layers have no channels (`kernels/expanded.py`): those of an MLP are computed one after the other.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stl import kernels
 from stl.errors import SettingError
 from stl.functional import check_arguments, check_residual
+from stl.kernels.expanded import is_expanded
 from stl.linear import STLLinear, check_is_stl
 from stl.normalisation import Norm
 
@@ -44,9 +45,10 @@ class STLMLP(nn.Module):
     second: `halves=True`. Their tiles are then encoded once, by one encoder; a half must be whole tiles.
 
     Input (..., n, k), output (..., n, m). A residual of the output's shape is added to it, and a norm applied to the
-    input; with kernels neither is a pass over memory of its own. The numbers are those of the layers one after the
-    other. The layers keep the names that they are given, in the order first, up, second, so that state dicts stay as
-    they were. The attributes `backend` and `fill` are theirs: all get what is set, and where they differ it is "mixed".
+    input; by kernels neither in a pass over memory of its own, unless the layers are narrow. The numbers are those of
+    the layers one after the other. The layers keep the names that they are given, in the order first, up, second, so
+    that state dicts stay as they were. The attributes `backend` and `fill` are theirs: all get what is set, and where
+    they differ it is "mixed".
     Each computes alone where backends differ, and where copies fill a tile. Raises SettingError where the layers are no
     STLLinear or do not fit each other, or for an unknown activation.
     """
@@ -117,7 +119,7 @@ class STLMLP(nn.Module):
         if self.backend == "triton":  # what the reference refuses as well is refused in its words
             check_arguments(first.with_rows(x), *first.tensors(), first.row_axis, first.out_features)
         by_kernels = self.uses_kernels(x)
-        if norm is not None and not (by_kernels and first.normalises(norm, x)):
+        if norm is not None and not self.normalises(norm, x):
             x, norm = norm.apply(x), None
         if by_kernels:
             return self._by_kernels(x, residual, norm)
@@ -126,12 +128,24 @@ class STLMLP(nn.Module):
         return second(hidden * factor[0] if factor else hidden, residual)
 
     def uses_kernels(self, x: Tensor) -> bool:
-        """As that of a layer, but not while layers stream or fill tiles each by itself."""
+        """As that of a layer, but not while layers stream or fill tiles each by itself, or where they are narrow."""
         alone = (layer.stream is not None or layer.lacks_samples(x) for layer in self.layers)
-        if self.backend == "mixed" or any(alone):
+        if self.backend == "mixed" or any(alone) or self.is_narrow(x):
             return False
         rank = max(layer.rank for layer in self.layers)
         return kernels.use_triton(self.backend, x, self.layers[0].tile, rank, self.layers[-1].out_features)
+
+    def is_narrow(self, x: Tensor) -> bool:
+        """Whether it is faster as its layers, each as one product, than by kernels for all of them."""
+        *before, second = self.layers
+        sizes = [(layer.in_features, layer.out_features) for layer in self.layers]
+        hidden = sum(layer.out_features for layer in before) + second.in_features
+        rank = min(layer.rank for layer in self.layers)
+        return not second.has_lone_rows(x) and is_expanded(x, second.tile, rank, sizes, second.row_axis, hidden)
+
+    def normalises(self, norm: Norm, x: Tensor) -> bool:
+        """As that of a layer."""
+        return self.uses_kernels(x) and self.layers[0].holds(norm, x)
 
     def _by_kernels(self, x: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:
         from stl.kernels.mlp import mlp  # needs triton

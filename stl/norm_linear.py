@@ -1,6 +1,6 @@
 """A normalisation and the STL layer behind it as one module.
 
-With kernels what is normalised never reaches memory: its encoding is computed from x at once.
+With kernels what is normalised never reaches memory, but before narrow layers: its encoding is computed from x at once.
 """
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ class STLNormLinear(nn.Module):
     """norm → linear, (..., n, k) → (..., n, m), for a `torch.nn.LayerNorm` or `torch.nn.RMSNorm` over the k features.
 
     The numbers are those of one after the other. The attribute `backend` is that of the layer; kernels take up to
-    `stl.kernels.MOST_NORMALISED_TILES` in a row, and wider layers are computed one after the other.
+    `stl.kernels.MOST_NORMALISED_TILES` in a row; wider ones, and narrow ones, are computed one after the other.
     Raises SettingError for another normalisation or layer.
     """
 

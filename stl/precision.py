@@ -1,5 +1,7 @@
 """The dtype that an operator computes in."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -10,3 +12,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast where x is; of meta tensors it knows nothing."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -2,10 +2,8 @@
 interpreter."""
 
 import os
-import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -19,10 +17,3 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(items):
     """Those of whole programs, beside this file, first: they take longest, and at the end a worker would be alone."""
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
-
-
-@pytest.fixture(autouse=True)
-def apart(request, monkeypatch):
-    """Layers of as few features as tests have are computed as wide ones are, but in the tests of narrow ones."""
-    if request.path.stem != "test_narrow" and (narrow := sys.modules.get("stl.kernels.narrow")):
-        monkeypatch.setattr(narrow, "MOST_RANK", 0)

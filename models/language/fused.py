@@ -23,7 +23,7 @@ class FusedLayer(LlamaDecoderLayer):
     def forward(self, hidden_states: Tensor, *given: Any, **named: Any) -> Tensor:
         x, attention, mlp = hidden_states, self.self_attn, self.mlp
         before, between = _norm(self.input_layernorm), _norm(self.post_attention_layernorm)
-        by_kernels = attention.qkv_proj.normalises(before, x) and mlp.layers[0].normalises(between, x)
+        by_kernels = attention.qkv_proj.normalises(before, x) and mlp.normalises(between, x)
         if given or not by_kernels:  # what is not given by name means something else to the attention
             return super().forward(x, *given, **named)
         mixed, _ = attention(x, norm=before, **named)

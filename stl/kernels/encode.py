@@ -84,15 +84,17 @@ def _launch(
     rank, dtype = len(matrix), matrix.dtype
     if others is None and not bias:
         grid = divide(tiling, 128, 8 if dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=1)
+        stages = 3
     else:
         grid = divide_for_sums(tiling, dtype, rank)
+        stages = 2 if rank <= 32 else 3  # measured: as fast or up to 11 % faster, above 2 to 3 % slower
     products = None if others is None else x.new_empty(grid.programs, *matrix.shape, dtype=torch.float32)
     sums = x.new_empty(grid.chunks, x.shape[2], dtype=torch.float32) if bias else None
     if channels.numel():
         with torch.cuda.device_of(x):
             _encode[(grid.programs,)](
                 x, *x.stride(), *tiling.sizes(), matrix, channels, others, products, sums,
-                **constants(tiling, rank, dtype, grid), PRODUCT=others is not None, SUM=bias,
+                **constants(tiling, rank, dtype, grid), PRODUCT=others is not None, SUM=bias, num_stages=stages,
             )  # fmt: skip
     products, sums = (None if shares is None else add_up(shares, dtype) for shares in (products, sums))
     return products, sums

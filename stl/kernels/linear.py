@@ -1,5 +1,5 @@
-"""The STL layer as two operators of PyTorch, `stl::encode_gemm` and `stl::decode`, with gradients, shapes and costs; a
-narrow one is a single operator (`narrow_linear.py`).
+"""The STL layer as two operators of PyTorch, `stl::encode_gemm` and `stl::decode`, with gradients, shapes and costs;
+but narrow ones are one product (`expanded.py`).
 
 Each of the two keeps what it was given for its backward pass: x unencoded, to be encoded again where the backward pass
 reads it anyway, and the channels between the two, which the gradient of the decoder needs, only where there is one.
@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from stl.kernels import narrow_linear  # noqa: F401  it registers the operator
 from stl.kernels.autocast import as_autocast, register_autocast
 from stl.kernels.decode import decode, decode_gradient
 from stl.kernels.encode import encode, encode_gradient
-from stl.kernels.narrow import is_narrow
+from stl.kernels.expanded import expanded_linear, is_expanded
 from stl.kernels.operators import (
     added,
     as_samples,
     contiguous,
     encode_gemm_macs,
+    features_last,
     only_once,
     operator,
     rows_of_tiles,
@@ -44,15 +44,15 @@ def linear(
     residual: Tensor | None,
 ) -> Tensor:
     """`stl.functional.stl_linear` by kernels, for arguments that it has checked."""
+    if is_expanded(x, tile_of(encoder), len(encoder), [(x.shape[-1], out_features)], row_axis):
+        return expanded_linear(x, weight, encoder, decoder, bias, out_features, residual)
     samples, rows_first = as_samples(x, row_axis)
-    samples, weight, encoder, decoder, bias = as_autocast(samples, samples, weight, encoder, decoder, bias)
-    other = added(residual, row_axis)
-    if is_narrow(samples.dtype, tile_of(encoder), weight.shape):
-        layer = (weight, encoder, decoder, bias)
-        y = torch.ops.stl.narrow_linear(samples, *layer, other, out_features, "", rows_first)
-    else:
-        channels = encode_gemm(samples, weight, encoder, rows_first)
-        y = torch.ops.stl.decode(channels, decoder, bias, other, *samples.shape[:2], out_features, rows_first)
+    samples, weight, encoder, decoder, bias = as_autocast(
+        samples, features_last(samples), weight, encoder, decoder, bias
+    )
+    samples, other = features_last(samples), added(residual, row_axis)
+    channels = encode_gemm(samples, weight, encoder, rows_first)
+    y = torch.ops.stl.decode(channels, decoder, bias, other, *samples.shape[:2], out_features, rows_first)
     return y.view(*x.shape[:-1], out_features)
 
 

@@ -1,7 +1,7 @@
 """STL layers with an activation between them: `stl::hidden_gemm` stands between their GEMMs.
 
 What it keeps for the backward pass are the channels of the layers before it; the hidden activations are nowhere in
-memory. Two narrow layers are `stl::narrow_linear` one after the other, and what is hidden lies between them.
+memory.
 """
 
 from typing import Any
@@ -13,7 +13,6 @@ from torch.utils.flop_counter import register_flop_formula
 from stl.kernels.autocast import as_autocast, register_autocast
 from stl.kernels.hidden import Coded, hidden, hidden_gradient
 from stl.kernels.linear import encode_gemm
-from stl.kernels.narrow import is_narrow
 from stl.kernels.norm import norm_encode_gemm
 from stl.kernels.operators import (
     Layer,
@@ -29,7 +28,6 @@ from stl.kernels.operators import (
 from stl.kernels.tiles import Tiling
 from stl.kernels.weight_gradient import weight_gradient
 from stl.normalisation import Norm
-from stl.precision import autocast_dtype
 
 
 def mlp(
@@ -51,13 +49,6 @@ def mlp(
     """
     samples, rows_first = as_samples(x, row_axis)
     other = added(residual, row_axis)
-    apart = up is None and norm is None and first[0].shape[2] == second[0].shape[1]  # else first gives two halves
-    dtype = autocast_dtype(samples) or samples.dtype
-    if apart and all(is_narrow(dtype, tile_of(encoder), weight.shape) for weight, encoder, *_ in (first, second)):
-        (inputs,), before, behind = (as_autocast(samples, *tensors) for tensors in ((samples,), first, second))
-        inner = torch.ops.stl.narrow_linear(inputs, *before, None, hidden_features, activation, rows_first)
-        y = torch.ops.stl.narrow_linear(inner, *behind, other, out_features, "", rows_first)
-        return y.view(*x.shape[:-1], out_features)
 
     def coded(layer: Layer) -> Coded:
         weight, encoder, decoder, bias = as_autocast(samples, *layer)

@@ -25,6 +25,12 @@ def as_samples(x: Tensor, row_axis: str) -> tuple[Tensor, bool]:
     return (x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)), False
 
 
+def features_last(x: Tensor) -> Tensor:
+    """x, or a copy of it where its features are apart in memory, as T2T-ViT's soft splits leave them: a copy takes no
+    longer than to read it so once, and a layer that is trained reads it twice."""
+    return x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()
+
+
 def added(residual: Tensor | None, row_axis: str) -> Tensor | None:
     """As the operators take it; autocast leaves it as precise as it is."""
     return None if residual is None else as_samples(residual, row_axis)[0]

@@ -55,15 +55,6 @@ class Tiling(NamedTuple):
         """P, rows of tiles in all samples."""
         return self.samples * ceil(self.n / self.tile)
 
-    def full(self, rows: int, block: int) -> tuple[bool, bool, bool]:
-        """FULL of a kernel whose programs take `rows` rows of `block` groups: whether all rows of its programs exist,
-        all entries of the groups that exist, and all tiles of its blocks."""
-        return (
-            self.n % self.tile == 0 and self.rows % rows == 0,
-            self.k == self.columns * self.tile and self.columns % self.group == 0,
-            self.columns % (self.group * block) == 0,
-        )
-
     def sizes(self) -> tuple[int, ...]:
         """What the kernels take: n, k, N, P and K."""
         return self.n, self.k, ceil(self.n / self.tile), self.rows, self.columns
@@ -123,7 +114,8 @@ def divide_for_sums(tiling: Tiling, dtype: torch.dtype, rank: int) -> Grid:
 
 @remembered
 def constants(tiling: Tiling, rank: int, dtype: torch.dtype, grid: Grid) -> dict[str, Any]:
-    """What a kernel is compiled for; the answer is shared, so do not change it."""
+    """What a kernel is compiled for; the answer is shared, so do not change it. FULL: whether all rows of its programs
+    exist, all entries of the groups that exist, and all tiles of its blocks."""
     entries = tiling.group * tiling.tile**2
     # Products of larger tiles take several steps, and of those by a warp group, which is four warps, ptxas 12.8 has let
     # some read from an address that was never computed.
@@ -137,7 +129,11 @@ def constants(tiling: Tiling, rank: int, dtype: torch.dtype, grid: Grid) -> dict
         "BLOCK": grid.block,
         "ROWS": grid.rows,
         "PRECISION": precision(dtype),
-        "FULL": tiling.full(grid.rows, grid.block),
+        "FULL": (
+            tiling.n % tiling.tile == 0 and tiling.rows % grid.rows == 0,
+            tiling.k == tiling.columns * tiling.tile and tiling.columns % tiling.group == 0,
+            tiling.columns % (tiling.group * grid.block) == 0,
+        ),
         "num_warps": min(grid.warps, most_warps),
     }
 

@@ -20,7 +20,6 @@ from triton.runtime.jit import JITFunction
 
 from stl import get_basis, kernels
 from stl.kernels import linear, mlp, norm  # noqa: F401  they register the operators
-from stl.kernels.narrow import BLOCK, is_narrow
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>.*);")
@@ -102,21 +101,6 @@ def main(tile: int, rank: int, name: str, dtype: torch.dtype) -> None:
         channels = torch.ops.stl.norm_encode_gemm(x, gain, shift, weight, encoder, 1e-6, True, False)
         if gradients:
             channels.sum().backward()
-    if is_narrow(dtype, tile, (rank, 16, 16)):
-        compile_narrow(rank, encoder, decoder, dtype)
-
-
-def compile_narrow(rank: int, encoder: Tensor, decoder: Tensor, dtype: torch.dtype) -> None:
-    """An MLP of 64 features, then a layer not all of whose tiles are whole, on rows enough that programs of the
-    backward pass take several."""
-    tiles = BLOCK
-    x = torch.ones(64, 3136, 4 * tiles, dtype=dtype).requires_grad_()
-    weight, bias = (torch.ones(shape, dtype=dtype).requires_grad_() for shape in ((rank, tiles, tiles), (4 * tiles,)))
-    layer = (weight, encoder, decoder, bias)
-    mlp.mlp(x, layer, None, layer, "gelu", "tokens", 4 * tiles, 4 * tiles, None, x.detach()).sum().backward()
-    x = torch.ones(64, 3135, 4 * tiles - 3, dtype=dtype).requires_grad_()
-    weight = torch.ones(rank, tiles, tiles, dtype=dtype).requires_grad_()
-    linear.linear(x, weight, encoder, decoder, None, "tokens", 4 * tiles - 2, None).sum().backward()
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def called(module: nn.Module, *residual: Tensor) -> dict:
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls():
     residual = gaussian(2, 5, 14, seed=1).to(DTYPE)
     made = [
         called(layer(9, 14), residual),
@@ -59,8 +59,6 @@ def calls(monkeypatch):
         called(STLMLP(layer(9, 32, bias=False), "silu", layer(16, 14), halves=True)),
         called(STLNormLinear(nn.LayerNorm(9), layer(9, 14))),
     ]
-    monkeypatch.setattr("stl.kernels.linear.is_narrow", lambda *_: True)
-    made += [called(layer(9, 14), residual), called(layer(9, 14, bias=False, row_axis="batch"))]
     together: dict = {}
     for of in made:
         for name, each in of.items():
@@ -80,3 +78,16 @@ def test_operators_take_tensors_of_any_strides_and_give_those_that_were_announce
                 assert (one - other).norm() <= TOLERANCE * one.norm(), name
                 assert one.stride() == other.stride() == fake.stride(), name
             assert torch.Tag.flexible_layout in function.tags, name
+
+
+def test_features_that_are_apart_in_memory_are_copied_once():
+    """The operators, forward and backward, then read the copy; rows that are apart stay where they are."""
+    module, x = layer(9, 14).to(DEVICE, DTYPE), gaussian(2, 9, 5, seed=0).to(DTYPE).mT
+    set_backend(module, "triton")
+    with Calls() as calls:
+        module(x)
+        module(x.contiguous()[:, ::2])
+    copied, apart = (arguments[0] for _, arguments in calls.of["stl::encode_gemm"])
+    assert torch.equal(copied, x)
+    assert copied.is_contiguous()
+    assert apart.stride() == (45, 18, 1)
