@@ -59,7 +59,7 @@ def operands(shape: tuple[int, ...], m: int, name: str, tile: int, rank: int, bi
     """x of this shape, weight, encoder, decoder and bias, in float64."""
     basis = get_basis(name, tile, rank)
     weight = gaussian(rank, -(-shape[-1] // tile), -(-m // tile), seed=1)
-    matrices = [basis.encode_x.to(DEVICE), basis.decode.to(DEVICE)]
+    matrices = [matrix.to(DEVICE, copy=True) for matrix in (basis.encode_x, basis.decode)]  # not those of the basis
     return [gaussian(*shape, seed=0), weight, *matrices, *([gaussian(m, seed=2)] if bias else [])]
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import DEVICE, assert_agree, assert_operator_agrees, gaussian, operands
+from agreement import DEVICE, assert_agree, assert_operator_agrees, assert_the_last_are_as_alone, gaussian, operands
 from benchmarking import set_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,6 +107,11 @@ def test_an_exported_program_runs_under_autocast(no_kernels):
         y = exported(x)
     assert y.dtype == torch.float16
     torch.testing.assert_close(y, exported(x).half(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 20 GB of memory")
+def test_more_than_two_to_the_31_elements(no_kernels):
+    assert_the_last_are_as_alone(STLLinear(64, 64).to(DEVICE), 8, 64)
 
 
 class Parts(nn.Module):
