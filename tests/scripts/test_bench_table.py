@@ -1,6 +1,7 @@
 """scripts/bench_table.py: tables and plot of files written by hand."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -229,3 +230,41 @@ def test_other_files_are_one_line(text, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_table.py", str(path)])
     with pytest.raises(SystemExit, match=r"^error: [^\n]*file.json: [^\n]*; give files of bench_ops.py, [^\n]*$"):
         bench_table.main()
+
+
+# --- what is committed ---------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+TABLES = (ROOT / "results/speed_h200.md").read_text()
+
+
+@pytest.fixture
+def tables(monkeypatch, capsys):
+    def of(*files):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["bench_table.py", *map(str, files)])
+        bench_table.main()
+        return capsys.readouterr().out
+
+    return of
+
+
+def test_the_tables_beside_the_results_are_what_the_files_say(tables):
+    assert tables(*re.findall(r"^<sub>\[([^]]+)\]", TABLES, re.MULTILINE)) == TABLES
+
+
+def cells(text: str) -> list[tuple[tuple[str, str, str], str]]:
+    """What stands in tables, each with its place: the corner of its table, its row and its column."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        (corner, *columns), _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines())
+        found += [((corner, row, name), cell) for row, *of in rows for name, cell in zip(columns, of, strict=True)]
+    return found
+
+
+def test_the_tables_in_the_readme_are_of_them(tables):
+    known = cells(TABLES + tables("results/ops_cpu.json"))
+    corners = {corner for (corner, _, _), _ in known}
+    quoted = [(place, cell) for place, cell in cells((ROOT / "README.md").read_text()) if place[0] in corners]
+    assert len({corner for (corner, _, _), _ in quoted}) == 4  # MLPs, models in inference and in training, layers
+    assert set(quoted) <= set(known)
