@@ -47,9 +47,7 @@ def linear(
     if is_expanded(x, tile_of(encoder), len(encoder), [(x.shape[-1], out_features)], row_axis):
         return expanded_linear(x, weight, encoder, decoder, bias, out_features, residual)
     samples, rows_first = as_samples(x, row_axis)
-    samples, weight, encoder, decoder, bias = as_autocast(
-        samples, features_last(samples), weight, encoder, decoder, bias
-    )
+    samples, weight, encoder, decoder, bias = as_autocast(samples, samples, weight, encoder, decoder, bias)
     samples, other = features_last(samples), added(residual, row_axis)
     channels = encode_gemm(samples, weight, encoder, rows_first)
     y = torch.ops.stl.decode(channels, decoder, bias, other, *samples.shape[:2], out_features, rows_first)
