@@ -277,7 +277,7 @@ class STLLinear(nn.Module):
 
     def has_lone_rows(self, x: Tensor) -> bool:
         """Whether every row of x is a sample of one token, alone in its tile."""
-        return x.ndim == 1 or (x.ndim == 2 and self.row_axis == "tokens")
+        return x.ndim < 2 or (x.ndim == 2 and self.row_axis == "tokens")
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What it computes with: weight, encoder, decoder and bias."""

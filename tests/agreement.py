@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from stl import get_basis, stl_linear
 
@@ -68,15 +67,6 @@ def operator_results(arguments: list[Tensor], dtype: torch.dtype, **options) -> 
     arguments = [tensor.detach().to(dtype).requires_grad_() for tensor in arguments]
     y = stl_linear(*arguments, **options)
     return [y, *torch.autograd.grad(y, arguments, gaussian(*y.shape, seed=3).to(dtype))]
-
-
-def operator_flops(arguments: list[Tensor], **options) -> tuple[int, int]:
-    """Those that PyTorch counts in the forward and in the backward pass."""
-    with FlopCounterMode(display=False) as counter:
-        y = stl_linear(*arguments, **options)
-        forward = counter.get_total_flops()
-        y.sum().backward()
-    return forward, counter.get_total_flops() - forward
 
 
 def assert_operator_agrees(arguments: list[Tensor], dtype: torch.dtype, tolerance: float, **options) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stl import STLMLP, Norm, STLLinear, STLNormLinear, fuse_blocks, stl_linear
+from stl import STLMLP, Norm, SettingError, STLLinear, STLNormLinear, fuse_blocks, stl_linear
 from stl.kernels.expanded import expand, expanded_linear, is_expanded
 
 BASES = [("hadamard", 4, 16), ("frame", 4, 24), ("strassen", 4, 49), ("strassen", 2, 7), ("random", 8, 16)]
@@ -225,6 +225,13 @@ def test_rows_that_are_samples_are_never_narrow():
     module = STLMLP(layers[0], "gelu", layers[1])
     assert not module.is_narrow(x)
     assert module.is_narrow(x.view(4096, 196, 64))
+
+
+@pytest.mark.parametrize("x", [torch.tensor(1.0), torch.ones(3)])
+def test_what_has_no_rows_is_refused_in_the_words_of_the_reference(x):
+    module = mlp(16, 16).bfloat16()
+    with pytest.raises(SettingError, match=r"x has shape .*; in_features=128 must be its last size"):
+        module(x.bfloat16())
 
 
 @pytest.mark.parametrize(("module", "k"), [(mlp(16, 16), 128), (STLLinear(192, 256), 192)], ids=["mlp", "layer"])
