@@ -35,10 +35,14 @@ def slope(y, NAME: tl.constexpr, LOW: tl.constexpr):
 def _gate(y, NAME: tl.constexpr, LOW: tl.constexpr):
     """What an activation that is no ReLU multiplies y with: Φ(y), or a sigmoid."""
     if NAME == "gelu" and LOW:
-        # Φ as a sigmoid; its argument, in powers of two, is fitted: y·Φ(y) is within 3.1e-6, without erf's branches.
+        # Φ(y) = ½ + y·p(y²), where that is from 0 to 1; p is fitted: y·Φ(y) is within 3.9e-5, and takes products and
+        # sums alone, of which a GPU computes eight in the time of one exponential or division.
         s = y * y
-        z = (3.22908648e-06 * s - 8.82397517e-05) * s - 3.60266812e-04
-        return _sigmoid(y * ((z * s + 1.05226677e-01) * s + 2.30204539e00), LOW)
+        p = 3.818013613599014e-11 * s - 3.95268262565196e-09
+        p = (p * s + 1.8065061624383816e-07) * s - 4.840858764509903e-06
+        p = (p * s + 8.54732861625962e-05) * s - 0.0010619328822940588
+        p = (p * s + 0.009665379300713539) * s - 0.06611081212759018
+        return _half_and(y, p * s + 0.39877939224243164)
     elif NAME == "gelu":
         return 0.5 + 0.5 * tl.erf(y * 0.7071067811865476)
     elif NAME == "gelu_tanh":
@@ -47,6 +51,16 @@ def _gate(y, NAME: tl.constexpr, LOW: tl.constexpr):
     else:
         tl.static_assert(NAME == "silu")
         return _sigmoid(1.4426950408889634 * y, LOW)
+
+
+@triton.jit
+def _half_and(y, p):
+    """½ + y·p, from 0 to 1, in one instruction."""
+    if INTERPRETED:
+        return tl.clamp(0.5 + y * p, 0.0, 1.0)
+    return tl.inline_asm_elementwise(
+        "fma.rn.sat.ftz.f32 $0, $1, $2, 0f3F000000;", "=f,f,f", [y, p], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from stl.kernels.tiles import (
     divide_for_sums,
     load_basis,
     multiply,
+    side_by_side,
     store_product,
     tile_places,
 )
@@ -28,7 +29,7 @@ def _decode(
     matrix, channels, bias, x, x_b, x_n, x_k, products,
     T: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    INPUT: tl.constexpr,
+    INPUT: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """A program takes the same BLOCK groups of ROWS rows of tiles, one row after the other. x, of y's shape, is what is
     added to y (RESIDUAL), or what is encoded again (INPUT)."""
@@ -36,11 +37,13 @@ def _decode(
     blocks = tl.cdiv(K, BLOCK * S)
     chunk = pid // blocks
     j = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    own, row = side_by_side(j, stride_n, T, ALONE)
+    x_row = side_by_side(j, x_n, T, ALONE)[1]
     basis = load_basis(matrix, R, T, RP, TT)
     product = tl.zeros((RP, TT), tl.float32)
     shift = tl.zeros((TT, BLOCK), tl.float32)
     if BIAS:
-        shift = by_column(bias, j, k, T, TT)
+        shift = by_column(bias, own, k, T, TT)
     for step in range(ROWS):
         p = chunk * ROWS + step
         places, exist = channel_places(p, j, P, K, K, R, RP, S, FULL)
@@ -49,13 +52,13 @@ def _decode(
         if BIAS:
             tiles += shift
         if RESIDUAL:
-            x_places, x_exist = tile_places(p, j, N, P, n, k, x_b, x_n, x_k, T, TT, FULL)
-            tiles += tl.load(x + x_places, mask=x_exist, other=0.0).to(tl.float32)
-        y_places, y_exist = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL)
-        tl.store(y + y_places, tiles.to(y.dtype.element_ty), mask=y_exist)
+            x_places, x_exist = tile_places(p, own, N, P, n, k, x_b, x_n, x_k, T, TT, FULL)
+            tiles += tl.load(x + x_row + x_places, mask=x_exist, other=0.0).to(tl.float32)
+        y_places, y_exist = tile_places(p, own, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL)
+        tl.store(y + row + y_places, tiles.to(y.dtype.element_ty), mask=y_exist)
         if INPUT:
-            x_places, x_exist = tile_places(p, j, N, P, n, k, x_b, x_n, x_k, T, TT, FULL)
-            inputs = tl.load(x + x_places, mask=x_exist, other=0.0)
+            x_places, x_exist = tile_places(p, own, N, P, n, k, x_b, x_n, x_k, T, TT, FULL)
+            inputs = tl.load(x + x_row + x_places, mask=x_exist, other=0.0)
             again = multiply(basis, inputs, None, PRECISION)
             tl.store(channels + places, again.to(channels.dtype.element_ty), mask=exist)  # `coded` has been read
             product = multiply(coded, tl.trans(inputs), product, PRECISION)
@@ -84,7 +87,8 @@ def decode_gradient(gradient: Tensor, encoder: Tensor, x: Tensor, dx: Tensor, ti
 def _launch(
     channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor | None, x: Tensor | None, again: bool
 ) -> Tensor | None:
-    rank, tiling, dtype = len(matrix), Tiling.of(y, tile, channels.shape[2]), channels.dtype
+    rank, dtype = len(matrix), channels.dtype
+    tiling = Tiling.of(y, tile, channels.shape[2]).in_whole_blocks(64 if again else 128, y, x)
     if again:
         grid = divide_for_sums(tiling, dtype, rank)
     else:
@@ -93,9 +97,9 @@ def _launch(
     if y.numel():
         with torch.cuda.device_of(y):
             _decode[(grid.programs,)](
-                y, *y.stride(), *tiling.sizes(), matrix, channels, bias,
-                x, *(0, 0, 0) if x is None else x.stride(), products,
+                y, *tiling.strides(y), *tiling.sizes(), matrix, channels, bias,
+                x, *tiling.strides(x), products,
                 **constants(tiling, rank, dtype, grid), BIAS=bias is not None,
-                RESIDUAL=x is not None and not again, INPUT=again,
+                RESIDUAL=x is not None and not again, INPUT=again, ALONE=tiling.alone,
             )  # fmt: skip
     return None if products is None else add_up(products, matrix.dtype)

@@ -16,6 +16,7 @@ from stl.kernels.shares import add_up
 from stl.kernels.tiles import (
     MANY_PROGRAMS,
     PROGRAMS,
+    READ_NEXT,
     Grid,
     Tiling,
     by_column,
@@ -26,6 +27,7 @@ from stl.kernels.tiles import (
     load_basis,
     multiply,
     padded,
+    side_by_side,
     store_column_sums,
     store_product,
     tiles_exist,
@@ -44,10 +46,10 @@ class Coded(NamedTuple):
 
 
 @triton.jit
-def _shift(bias, j, m, T: tl.constexpr, TT: tl.constexpr, BIAS: tl.constexpr):
+def _shift(bias, j, m, T: tl.constexpr, TT: tl.constexpr, BIAS: tl.constexpr, ALONE: tl.constexpr):
     """What the bias adds to the groups j, (TT, BLOCK)."""
     if BIAS:
-        return by_column(bias, j, m, T, TT)
+        return by_column(bias, side_by_side(j, 0, T, ALONE)[0], m, T, TT)
     else:
         return tl.zeros((TT, j.shape[0]), tl.float32)
 
@@ -69,17 +71,17 @@ def _hidden(
     T: tl.constexpr, R: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
     S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr,
+    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """A program takes the same BLOCK groups of ROWS rows of tiles, one row after the other."""
     blocks = tl.cdiv(M, BLOCK * S)
     chunk = tl.program_id(0) // blocks
     j = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     decode, encode = load_basis(decoder, R, T, RP, TT), load_basis(encoder, R2, T, RP2, TT)
-    shift = _shift(bias, j, m, T, TT, BIAS)
+    shift = _shift(bias, j, m, T, TT, BIAS, ALONE)
     if GATED:
         up_decode = load_basis(up_decoder, RU, T, RPU, TT)
-        up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS)
+        up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS, ALONE)
     for step in range(ROWS):
         p = chunk * ROWS + step
         _, _, _, tiles = _decoded(channels, decode, shift, p, j, P, M, width, R, RP, S, PRECISION, FULL)
@@ -90,7 +92,7 @@ def _hidden(
         values = tl.where(tiles_exist(p, j, N, P, n, m, T, TT, FULL), values, 0.0)
         encoded = multiply(encode, values.to(output.dtype.element_ty), None, PRECISION)
         places, exist = channel_places(p, j, P, M, M, R2, RP2, S, FULL)
-        tl.store(output + places, encoded.to(output.dtype.element_ty), mask=exist)
+        tl.store(output + places, encoded.to(output.dtype.element_ty), mask=exist, eviction_policy=READ_NEXT)
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def _hidden_backward(
     T: tl.constexpr, R: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
     S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr,
+    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """A program takes the same BLOCK groups of ROWS rows of tiles, one row after the other."""
     pid = tl.program_id(0)
@@ -111,12 +113,12 @@ def _hidden_backward(
     decoder_product = tl.zeros((RP, TT), tl.float32)
     encoder_product = tl.zeros((RP2, TT), tl.float32)
     total = tl.zeros((TT, BLOCK), tl.float32)
-    shift = _shift(bias, j, m, T, TT, BIAS)
+    shift = _shift(bias, j, m, T, TT, BIAS, ALONE)
     if GATED:
         up_decode = load_basis(up_decoder, RU, T, RPU, TT)
         up_product = tl.zeros((RPU, TT), tl.float32)
         up_total = tl.zeros((TT, BLOCK), tl.float32)
-        up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS)
+        up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS, ALONE)
     for step in range(ROWS):
         p = chunk * ROWS + step
         places, exist, coded, tiles = _decoded(channels, decode, shift, p, j, P, M, width, R, RP, S, PRECISION, FULL)
@@ -165,6 +167,7 @@ def hidden(first: Coded, up: Coded | None, encoder: Tensor, activation: str, til
     output = first.channels.new_empty(len(encoder), *first.channels.shape[1:])
     dtype = output.dtype
     block = 64 if _highest_rank(first, up, encoder) * tiling.group > 32 else 128
+    tiling, width = _side_by_side(tiling, width, block)
     grid = divide(tiling, block, 4 if dtype != torch.float32 else 8, MANY_PROGRAMS, most_rows=16)
     if output.numel():
         with torch.cuda.device_of(output):
@@ -196,9 +199,11 @@ def hidden_gradient(
     # tile of 8 or a product in float32 needs most registers, loads ahead of their use do not pay.
     precise = gradient.dtype == torch.float32
     layers = 1 if up is None else 2
+    features, block = tiling.k, 32 if precise else 64
+    tiling, width = _side_by_side(tiling, width, block)
     few = few_channels(tiling, gradient.dtype, layers * _highest_rank(first, up, encoder))
     warps = 2 if few or (precise and layers == 1) else 4
-    grid = divide(tiling, 32 if precise else 64, warps, PROGRAMS, most_empty=1 / 8)
+    grid = divide(tiling, block, warps, PROGRAMS, most_empty=1 / 8)
     grid = grid._replace(warps=max(2, grid.warps))
 
     def shares(of: Coded, channels: Tensor) -> Coded:
@@ -206,7 +211,9 @@ def hidden_gradient(
         return Coded(
             channels,
             gradient.new_empty(grid.programs, *of.decoder.shape, dtype=torch.float32),
-            None if of.bias is None else gradient.new_empty(grid.chunks, tiling.k, dtype=torch.float32),
+            None
+            if of.bias is None
+            else gradient.new_empty(grid.chunks * tiling.together, features, dtype=torch.float32),
         )
 
     def total(shares: Tensor) -> Tensor:
@@ -232,6 +239,14 @@ def hidden_gradient(
     return added(dfirst), None if dup is None else added(dup), total(dencoder)
 
 
+def _side_by_side(tiling: Tiling, width: int, block: int) -> tuple[Tiling, int]:
+    """Tiles in whole blocks, where no other channels stand between their rows; and how far apart these then are."""
+    if width == tiling.columns:
+        tiling = tiling.in_whole_blocks(block)
+        width = tiling.columns
+    return tiling, width
+
+
 def _highest_rank(first: Coded, up: Coded | None, encoder: Tensor) -> int:
     return max(len(first.decoder), len(encoder), 0 if up is None else len(up.decoder))
 
@@ -252,4 +267,5 @@ def _constants(
         "UP_BIAS": up is not None and up.bias is not None,
         "ACTIVATION": activation,
         "LOW": dtype != torch.float32,
+        "ALONE": tiling.alone,
     }

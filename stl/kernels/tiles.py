@@ -5,11 +5,12 @@ P = B·N is the number of rows of tiles. Channels are (R, P, K), contiguous, or 
 groups of one row of tiles p. A group is S tiles side by side, as many as fill what `tl.dot` takes: one, but four of
 tiles of 2. Its TT = S·T² entries are a column of (TT, BLOCK), row-major over all of the group, TT/T in a row; its
 channels are a column of (RP, BLOCK), channel q of its tile s in row q·S + s. RP is R·S rounded up to what `tl.dot`
-takes; the rest is zeros. A number that is not finite in one tile of a group leaves none in the group.
+takes; the rest is zeros. A number that is not finite in one tile of a group leaves none in the group. Where ALONE is
+not 0, a row of tiles is several of X side by side, ALONE groups of each, so that blocks are full.
 """
 
 from functools import lru_cache
-from math import ceil, log2
+from math import ceil, gcd, log2
 from typing import Any, NamedTuple
 
 import torch
@@ -21,19 +22,23 @@ from torch import Tensor
 # once; else a few times what it holds.
 PROGRAMS, MANY_PROGRAMS = 1408, 3200
 LEAST = 16  # of each size of what `tl.dot` takes
+# How encoded tiles are stored: a GEMM reads them next, so that the L2 cache keeps them longer than what else it holds.
+READ_NEXT = tl.constexpr("evict_last")
 
 # Of layers whose sizes come again and again, called one by one, the CPU's time matters.
 remembered = lru_cache(maxsize=1024)
 
 
 class Tiling(NamedTuple):
-    """The tiles of a matrix (samples, n, k): `columns`, or K, in a row of tiles, those from ⌈k/t⌉ on empty."""
+    """The tiles of a matrix (samples, n, k): `columns`, or K, in a row of tiles, those from ⌈k/t⌉ on empty. Such a row
+    may be several of the matrix side by side, `together`."""
 
     samples: int
     n: int
     k: int
     tile: int
     columns: int
+    together: int = 1
 
     @classmethod
     def of(cls, x: Tensor, tile: int, columns: int | None = None) -> "Tiling":
@@ -54,6 +59,34 @@ class Tiling(NamedTuple):
     def rows(self) -> int:
         """P, rows of tiles in all samples."""
         return self.samples * ceil(self.n / self.tile)
+
+    def in_whole_blocks(self, block: int, *matrices: Tensor | None) -> "Tiling":
+        """The same tiles, so many rows of them side by side that blocks of `block` tiles of 4 × 4 divide these.
+
+        As it is where tiles are not full, rows of tiles not so many times as many, or those of a matrix (samples, n, ·)
+        not as far apart in memory from sample to sample as within one.
+        """
+        together = block_size(self, block)
+        together //= gcd(together, self.groups)
+        full = self.n % self.tile == 0 and self.k == self.columns * self.tile and self.columns % self.group == 0
+        even = all(of is None or len(of) == 1 or of.stride(0) == of.shape[1] * of.stride(1) for of in matrices)
+        if together == 1 or not (full and even) or self.rows % together:
+            return self
+        rows, k, columns = self.rows // together, self.k * together, self.columns * together
+        return Tiling(rows, self.tile, k, self.tile, columns, together)
+
+    @property
+    def alone(self) -> int:
+        """Groups in a row of tiles of the matrix, where several are side by side; otherwise 0."""
+        return self.groups // self.together if self.together > 1 else 0
+
+    def strides(self, matrix: Tensor | None) -> tuple[int, ...]:
+        """From sample to sample, row to row and feature to feature of a matrix; 0 of none."""
+        if matrix is None:
+            return (0, 0, 0)
+        if self.together == 1:
+            return matrix.stride()
+        return self.together * self.tile * matrix.stride(1), *matrix.stride()[1:]
 
     def sizes(self) -> tuple[int, ...]:
         """What the kernels take: n, k, N, P and K."""
@@ -84,6 +117,11 @@ class Grid(NamedTuple):
         return self.blocks * self.chunks
 
 
+def block_size(tiling: Tiling, block: int) -> int:
+    """Groups that have as many entries as `block` tiles of 4 × 4."""
+    return max(LEAST, block * 16 // (tiling.group * tiling.tile**2))
+
+
 @remembered
 def divide(
     tiling: Tiling, block: int, warps: int, programs: int, most_rows: int = 1024, most_empty: float = 0.0
@@ -94,7 +132,7 @@ def divide(
     tiles would be empty. As many rows one after the other as leave this number of programs, since what a program has
     loaded serves all of them and what it sums is one share; a power of two, since a kernel is compiled for it.
     """
-    whole = max(LEAST, block * 16 // (tiling.group * tiling.tile**2))
+    whole = block_size(tiling, block)
     fits = -tiling.groups % whole <= most_empty * tiling.groups
     size = min(whole if fits else max(LEAST, whole // 2), padded(tiling.groups))
     blocks = ceil(tiling.groups / size)
@@ -157,6 +195,16 @@ def load_basis(matrix, R: tl.constexpr, T: tl.constexpr, RP: tl.constexpr, TT: t
     column = e % (T * S)
     exist = exist & (column // T == row % S)
     return tl.load(matrix + row // S * (T * T) + e // (T * S) * T + column % T, mask=exist, other=0.0)
+
+
+@triton.jit
+def side_by_side(j, stride_n, T: tl.constexpr, ALONE: tl.constexpr):
+    """The groups j of rows of tiles side by side, each by its place in its own row; and how far in memory that is from
+    the first, (1, BLOCK)."""
+    if ALONE == 0:
+        return j, tl.zeros((1, j.shape[0]), tl.int64)
+    else:
+        return j % ALONE, ((j // ALONE) * T).to(tl.int64)[None, :] * stride_n
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Compile every kernel that the operators launch, forward and backward, for an H200; no GPU is needed for that.
 
-For each basis TILE,RANK,NAME,DTYPE of the command line it is named, then a line for each kernel: its name, the bytes of
-shared memory that a block takes, those that a thread spills, and how many uniform registers are read that nothing sets.
+For each basis TILE,RANK,NAME,DTYPE[,TILES] of the command line it is named, then a line for each kernel: its name, the
+bytes of shared memory that a block takes, those that a thread spills, and how many uniform registers are read that
+nothing sets. TILES: in a row of tiles; without it as many as a program takes at once in layers that are wide.
 """
 
 import os
@@ -83,10 +84,9 @@ def read(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def main(tile: int, rank: int, name: str, dtype: torch.dtype) -> None:
+def main(tile: int, rank: int, name: str, dtype: torch.dtype, columns: int) -> None:
     basis = get_basis(name, tile, rank)
     encoder, decoder = (matrix.to(dtype).requires_grad_() for matrix in (basis.encode_x, basis.decode))
-    columns = 128 * max(1, 16 // tile**2)  # as many as a program takes at once in layers that are wide
     width = columns * tile
     x, bias = (torch.ones(*size, width, dtype=dtype).requires_grad_() for size in ((2, 16), ()))
     weight = torch.ones(rank, columns, columns, dtype=dtype).requires_grad_()
@@ -109,5 +109,6 @@ if __name__ == "__main__":
     for basis in sys.argv[1:]:
         print("basis", basis)
         SEEN.clear()
-        tile, rank, name, dtype = basis.split(",")
-        main(int(tile), int(rank), name, getattr(torch, dtype))
+        tile, rank, name, dtype, *columns = basis.split(",")
+        most = 128 * max(1, 16 // int(tile) ** 2)
+        main(int(tile), int(rank), name, getattr(torch, dtype), int(columns[0]) if columns else most)

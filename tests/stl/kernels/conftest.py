@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from stl.kernels.tiles import Tiling
+
 
 @pytest.fixture(autouse=True)
 def poisoned():
@@ -8,3 +10,17 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """How many rows of tiles are side by side in each launch that asks."""
+    found, real = [], Tiling.in_whole_blocks
+
+    def note(tiling: Tiling, *arguments):
+        answer = real(tiling, *arguments)
+        found.append(answer.together)
+        return answer
+
+    monkeypatch.setattr(Tiling, "in_whole_blocks", note)
+    return found

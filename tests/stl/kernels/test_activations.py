@@ -28,9 +28,9 @@ def test_nan_stays_nan(name):
 @pytest.mark.parametrize("low", [True, False])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_is_as_exact_as_documented(name, low):
-    """GELU for 16 bits is fitted, to 3.1e-6; besides there is the rounding of float32."""
+    """GELU for 16 bits is fitted, to 3.9e-5; besides there is the rounding of float32."""
     x = torch.linspace(-8, 8, 4096, device=DEVICE)
     y = torch.empty_like(x)
     _activate[(1,)](x, y, SIZE=4096, NAME=name, LOW=low)
-    fitted = 3.1e-6 if name == "gelu" and low else 0
+    fitted = 3.9e-5 if name == "gelu" and low else 0
     torch.testing.assert_close(y.double(), ACTIVATIONS[name](x.double()), rtol=1e-6, atol=5e-7 + fitted)

@@ -8,6 +8,7 @@ BASES = [
     "4,16,hadamard,bfloat16",
     "4,49,strassen,bfloat16",
     "4,24,frame,float32",
+    "4,24,frame,bfloat16,96",  # rows of tiles side by side
     "8,48,random,bfloat16",
     "8,64,hadamard,bfloat16",
     "2,7,strassen,bfloat16",

@@ -69,6 +69,28 @@ def test_tiles_that_are_all_full_in_rows_of_tiles_that_are_not(monkeypatch):
     assert_operator_agrees(operands((5, 12, 20), 20, "hadamard", 4, 16), torch.float32, 2e-6)
 
 
+@pytest.mark.parametrize(
+    ("shape", "m", "basis"),
+    [
+        ((4, 128, 24), 40, ("hadamard", 4, 16)),
+        ((2, 256, 12), 20, ("strassen", 4, 49)),
+        ((4, 128, 48), 80, ("strassen", 2, 7)),
+        ((4, 128, 48), 80, ("random", 8, 16)),
+    ],
+)
+@pytest.mark.parametrize("features_last", [True, False])
+def test_rows_of_tiles_side_by_side_fill_blocks(shape, m, basis, features_last, together):
+    x, *layer = operands(shape, m, *basis)
+    assert_operator_agrees([x if features_last else x.mT.contiguous().mT, *layer], torch.float32, 2e-6)
+    assert all(rows > 1 for rows in together)
+
+
+def test_samples_apart_in_memory_have_rows_of_tiles_of_their_own(together):
+    x, *layer = (tensor.float() for tensor in operands((8, 128, 24), 40, "hadamard", 4, 16))
+    assert_operator_agrees([x[::2], *layer], torch.float32, 2e-6)
+    assert 1 in together  # x, by those that read it; what comes out is in one piece
+
+
 def test_nothing_is_read_behind_rows_that_end_with_a_tile():
     arguments = operands((2, 8, 60), 20, "hadamard", 4, 16)  # 15 tiles and, for alignment, one of zeros
     arguments[0] = F.pad(arguments[0].float(), (0, 4), value=float("nan"))[..., :60]

@@ -91,6 +91,12 @@ def test_sums_over_many_rows_of_tiles(monkeypatch):
     assert_agree(mlp((5, 138, 9), PAIRS[1], halves=True), gaussian(5, 13, 5, seed=0))
 
 
+@pytest.mark.parametrize("more", [{}, {"up": (4, 16, "hadamard")}, {"halves": True}], ids=["plain", "gated", "halves"])
+def test_rows_of_tiles_side_by_side_fill_blocks(more, together):
+    assert_agree(mlp((24, 80 if "halves" in more else 40, 24), **more), gaussian(4, 128, 24, seed=0))
+    assert all(rows > 1 for rows in together)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
     assert_agree(mlp((32, 48, 32)), gaussian(2, 8, 32, seed=0), dtype, 0.05)
