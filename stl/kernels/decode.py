@@ -17,7 +17,7 @@ from stl.kernels.tiles import (
     divide_for_sums,
     load_basis,
     multiply,
-    side_by_side,
+    own_groups,
     store_product,
     tile_places,
 )
@@ -29,36 +29,34 @@ def _decode(
     matrix, channels, bias, x, x_b, x_n, x_k, products,
     T: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    INPUT: tl.constexpr, ALONE: tl.constexpr,
+    INPUT: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """A program takes the same BLOCK groups of ROWS rows of tiles, one row after the other. x, of y's shape, is what is
     added to y (RESIDUAL), or what is encoded again (INPUT)."""
     pid = tl.program_id(0)
-    blocks = tl.cdiv(K, BLOCK * S)
+    blocks = tl.cdiv(BESIDE[0] * K, BLOCK * S)
     chunk = pid // blocks
     j = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    own, row = side_by_side(j, stride_n, T, ALONE)
-    x_row = side_by_side(j, x_n, T, ALONE)[1]
     basis = load_basis(matrix, R, T, RP, TT)
     product = tl.zeros((RP, TT), tl.float32)
     shift = tl.zeros((TT, BLOCK), tl.float32)
     if BIAS:
-        shift = by_column(bias, own, k, T, TT)
+        shift = by_column(bias, own_groups(j, BESIDE), k, T, TT)
     for step in range(ROWS):
         p = chunk * ROWS + step
-        places, exist = channel_places(p, j, P, K, K, R, RP, S, FULL)
+        places, exist = channel_places(p, j, N, P, K, K, R, RP, S, FULL, BESIDE)
         coded = tl.load(channels + places, mask=exist, other=0.0)
         tiles = multiply(tl.trans(basis), coded, None, PRECISION)
         if BIAS:
             tiles += shift
         if RESIDUAL:
-            x_places, x_exist = tile_places(p, own, N, P, n, k, x_b, x_n, x_k, T, TT, FULL)
-            tiles += tl.load(x + x_row + x_places, mask=x_exist, other=0.0).to(tl.float32)
-        y_places, y_exist = tile_places(p, own, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL)
-        tl.store(y + row + y_places, tiles.to(y.dtype.element_ty), mask=y_exist)
+            x_places, x_exist = tile_places(p, j, N, P, n, k, x_b, x_n, x_k, T, TT, FULL, BESIDE)
+            tiles += tl.load(x + x_places, mask=x_exist, other=0.0).to(tl.float32)
+        y_places, y_exist = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL, BESIDE)
+        tl.store(y + y_places, tiles.to(y.dtype.element_ty), mask=y_exist)
         if INPUT:
-            x_places, x_exist = tile_places(p, own, N, P, n, k, x_b, x_n, x_k, T, TT, FULL)
-            inputs = tl.load(x + x_row + x_places, mask=x_exist, other=0.0)
+            x_places, x_exist = tile_places(p, j, N, P, n, k, x_b, x_n, x_k, T, TT, FULL, BESIDE)
+            inputs = tl.load(x + x_places, mask=x_exist, other=0.0)
             again = multiply(basis, inputs, None, PRECISION)
             tl.store(channels + places, again.to(channels.dtype.element_ty), mask=exist)  # `coded` has been read
             product = multiply(coded, tl.trans(inputs), product, PRECISION)
@@ -100,6 +98,6 @@ def _launch(
                 y, *tiling.strides(y), *tiling.sizes(), matrix, channels, bias,
                 x, *tiling.strides(x), products,
                 **constants(tiling, rank, dtype, grid), BIAS=bias is not None,
-                RESIDUAL=x is not None and not again, INPUT=again, ALONE=tiling.alone,
+                RESIDUAL=x is not None and not again, INPUT=again,
             )  # fmt: skip
     return None if products is None else add_up(products, matrix.dtype)

@@ -26,8 +26,8 @@ from stl.kernels.tiles import (
     few_channels,
     load_basis,
     multiply,
+    own_groups,
     padded,
-    side_by_side,
     store_column_sums,
     store_product,
     tiles_exist,
@@ -46,21 +46,21 @@ class Coded(NamedTuple):
 
 
 @triton.jit
-def _shift(bias, j, m, T: tl.constexpr, TT: tl.constexpr, BIAS: tl.constexpr, ALONE: tl.constexpr):
+def _shift(bias, j, m, T: tl.constexpr, TT: tl.constexpr, BIAS: tl.constexpr, BESIDE: tl.constexpr):
     """What the bias adds to the groups j, (TT, BLOCK)."""
     if BIAS:
-        return by_column(bias, side_by_side(j, 0, T, ALONE)[0], m, T, TT)
+        return by_column(bias, own_groups(j, BESIDE), m, T, TT)
     else:
         return tl.zeros((TT, j.shape[0]), tl.float32)
 
 
 @triton.jit
 def _decoded(
-    channels, decoder, shift, p, j, P, M, width, R: tl.constexpr, RP: tl.constexpr, S: tl.constexpr,
-    PRECISION: tl.constexpr, FULL: tl.constexpr,
+    channels, decoder, shift, p, j, N, P, M, width, R: tl.constexpr, RP: tl.constexpr, S: tl.constexpr,
+    PRECISION: tl.constexpr, FULL: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """(offsets of channels, which of them exist, coded channels, decoded tiles with bias)."""
-    places, exist = channel_places(p, j, P, M, width, R, RP, S, FULL)
+    places, exist = channel_places(p, j, N, P, M, width, R, RP, S, FULL, BESIDE)
     coded = tl.load(channels + places, mask=exist, other=0.0)
     return places, exist, coded, multiply(tl.trans(decoder), coded, None, PRECISION) + shift
 
@@ -71,27 +71,29 @@ def _hidden(
     T: tl.constexpr, R: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
     S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr, ALONE: tl.constexpr,
+    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """A program takes the same BLOCK groups of ROWS rows of tiles, one row after the other."""
-    blocks = tl.cdiv(M, BLOCK * S)
+    blocks = tl.cdiv(BESIDE[0] * M, BLOCK * S)
     chunk = tl.program_id(0) // blocks
     j = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     decode, encode = load_basis(decoder, R, T, RP, TT), load_basis(encoder, R2, T, RP2, TT)
-    shift = _shift(bias, j, m, T, TT, BIAS, ALONE)
+    shift = _shift(bias, j, m, T, TT, BIAS, BESIDE)
     if GATED:
         up_decode = load_basis(up_decoder, RU, T, RPU, TT)
-        up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS, ALONE)
+        up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS, BESIDE)
     for step in range(ROWS):
         p = chunk * ROWS + step
-        _, _, _, tiles = _decoded(channels, decode, shift, p, j, P, M, width, R, RP, S, PRECISION, FULL)
+        _, _, _, tiles = _decoded(channels, decode, shift, p, j, N, P, M, width, R, RP, S, PRECISION, FULL, BESIDE)
         values = activate(tiles, ACTIVATION, LOW)
         if GATED:
-            _, _, _, factor = _decoded(up, up_decode, up_shift, p, j, P, M, width, RU, RPU, S, PRECISION, FULL)
+            _, _, _, factor = _decoded(
+                up, up_decode, up_shift, p, j, N, P, M, width, RU, RPU, S, PRECISION, FULL, BESIDE
+            )  # fmt: skip
             values *= factor
-        values = tl.where(tiles_exist(p, j, N, P, n, m, T, TT, FULL), values, 0.0)
+        values = tl.where(tiles_exist(p, j, N, P, n, m, T, TT, FULL, BESIDE), values, 0.0)
         encoded = multiply(encode, values.to(output.dtype.element_ty), None, PRECISION)
-        places, exist = channel_places(p, j, P, M, M, R2, RP2, S, FULL)
+        places, exist = channel_places(p, j, N, P, M, M, R2, RP2, S, FULL, BESIDE)
         tl.store(output + places, encoded.to(output.dtype.element_ty), mask=exist, eviction_policy=READ_NEXT)
 
 
@@ -102,34 +104,36 @@ def _hidden_backward(
     T: tl.constexpr, R: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
     S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr, ALONE: tl.constexpr,
+    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """A program takes the same BLOCK groups of ROWS rows of tiles, one row after the other."""
     pid = tl.program_id(0)
-    blocks = tl.cdiv(M, BLOCK * S)
+    blocks = tl.cdiv(BESIDE[0] * M, BLOCK * S)
     chunk = pid // blocks
     j = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     decode, encode = load_basis(decoder, R, T, RP, TT), load_basis(encoder, R2, T, RP2, TT)
     decoder_product = tl.zeros((RP, TT), tl.float32)
     encoder_product = tl.zeros((RP2, TT), tl.float32)
     total = tl.zeros((TT, BLOCK), tl.float32)
-    shift = _shift(bias, j, m, T, TT, BIAS, ALONE)
+    shift = _shift(bias, j, m, T, TT, BIAS, BESIDE)
     if GATED:
         up_decode = load_basis(up_decoder, RU, T, RPU, TT)
         up_product = tl.zeros((RPU, TT), tl.float32)
         up_total = tl.zeros((TT, BLOCK), tl.float32)
-        up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS, ALONE)
+        up_shift = _shift(up_bias, j, m, T, TT, UP_BIAS, BESIDE)
     for step in range(ROWS):
         p = chunk * ROWS + step
-        places, exist, coded, tiles = _decoded(channels, decode, shift, p, j, P, M, width, R, RP, S, PRECISION, FULL)
-        tiles_are = tiles_exist(p, j, N, P, n, m, T, TT, FULL)
+        places, exist, coded, tiles = _decoded(
+            channels, decode, shift, p, j, N, P, M, width, R, RP, S, PRECISION, FULL, BESIDE
+        )  # fmt: skip
+        tiles_are = tiles_exist(p, j, N, P, n, m, T, TT, FULL, BESIDE)
         values = activate(tiles, ACTIVATION, LOW)
-        places2, exist2 = channel_places(p, j, P, M, M, R2, RP2, S, FULL)
+        places2, exist2 = channel_places(p, j, N, P, M, M, R2, RP2, S, FULL, BESIDE)
         dcoded = tl.load(gradient + places2, mask=exist2, other=0.0)
         dtiles = tl.where(tiles_are, multiply(tl.trans(encode), dcoded, None, PRECISION), 0.0)
         if GATED:
             up_places, up_exist, up_coded, factor = _decoded(
-                up, up_decode, up_shift, p, j, P, M, width, RU, RPU, S, PRECISION, FULL
+                up, up_decode, up_shift, p, j, N, P, M, width, RU, RPU, S, PRECISION, FULL, BESIDE
             )  # fmt: skip
             dfactor = dtiles * values
             up_total += dfactor
@@ -152,11 +156,11 @@ def _hidden_backward(
     store_product(decoder_product, ddecoder, pid, R, T, RP, TT)
     store_product(encoder_product, dencoder, pid, R2, T, RP2, TT)
     if BIAS:
-        store_column_sums(total, dbias, chunk, j, m, T, TT)
+        store_column_sums(total, dbias, chunk, j, BESIDE[0] * m, T, TT)
     if GATED:
         store_product(up_product, dup_decoder, pid, RU, T, RPU, TT)
         if UP_BIAS:
-            store_column_sums(up_total, dup_bias, chunk, j, m, T, TT)
+            store_column_sums(up_total, dup_bias, chunk, j, BESIDE[0] * m, T, TT)
 
 
 def hidden(first: Coded, up: Coded | None, encoder: Tensor, activation: str, tiling: Tiling, width: int) -> Tensor:
@@ -167,7 +171,7 @@ def hidden(first: Coded, up: Coded | None, encoder: Tensor, activation: str, til
     output = first.channels.new_empty(len(encoder), *first.channels.shape[1:])
     dtype = output.dtype
     block = 64 if _highest_rank(first, up, encoder) * tiling.group > 32 else 128
-    tiling, width = _side_by_side(tiling, width, block)
+    tiling = tiling.in_whole_blocks(block)
     grid = divide(tiling, block, 4 if dtype != torch.float32 else 8, MANY_PROGRAMS, most_rows=16)
     if output.numel():
         with torch.cuda.device_of(output):
@@ -199,8 +203,8 @@ def hidden_gradient(
     # tile of 8 or a product in float32 needs most registers, loads ahead of their use do not pay.
     precise = gradient.dtype == torch.float32
     layers = 1 if up is None else 2
-    features, block = tiling.k, 32 if precise else 64
-    tiling, width = _side_by_side(tiling, width, block)
+    block = 32 if precise else 64
+    tiling = tiling.in_whole_blocks(block)
     few = few_channels(tiling, gradient.dtype, layers * _highest_rank(first, up, encoder))
     warps = 2 if few or (precise and layers == 1) else 4
     grid = divide(tiling, block, warps, PROGRAMS, most_empty=1 / 8)
@@ -213,7 +217,7 @@ def hidden_gradient(
             gradient.new_empty(grid.programs, *of.decoder.shape, dtype=torch.float32),
             None
             if of.bias is None
-            else gradient.new_empty(grid.chunks * tiling.together, features, dtype=torch.float32),
+            else gradient.new_empty(grid.chunks * tiling.together, tiling.k, dtype=torch.float32),
         )
 
     def total(shares: Tensor) -> Tensor:
@@ -239,14 +243,6 @@ def hidden_gradient(
     return added(dfirst), None if dup is None else added(dup), total(dencoder)
 
 
-def _side_by_side(tiling: Tiling, width: int, block: int) -> tuple[Tiling, int]:
-    """Tiles in whole blocks, where no other channels stand between their rows; and how far apart these then are."""
-    if width == tiling.columns:
-        tiling = tiling.in_whole_blocks(block)
-        width = tiling.columns
-    return tiling, width
-
-
 def _highest_rank(first: Coded, up: Coded | None, encoder: Tensor) -> int:
     return max(len(first.decoder), len(encoder), 0 if up is None else len(up.decoder))
 
@@ -267,5 +263,4 @@ def _constants(
         "UP_BIAS": up is not None and up.bias is not None,
         "ACTIVATION": activation,
         "LOW": dtype != torch.float32,
-        "ALONE": tiling.alone,
     }

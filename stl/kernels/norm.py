@@ -76,10 +76,10 @@ def _row_means(values, k, T: tl.constexpr, TT: tl.constexpr):
 @triton.jit
 def _load_normalised(
     x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T: tl.constexpr, TT: tl.constexpr, FULL: tl.constexpr,
-    CENTRE: tl.constexpr,
+    BESIDE: tl.constexpr, CENTRE: tl.constexpr,
 ):  # fmt: skip
     """(x̂, 1/σ of its rows, offsets of its entries in x, which of them exist)."""
-    places, exist = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL)
+    places, exist = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL, BESIDE)
     tiles = tl.load(x + places, mask=exist, other=0.0).to(tl.float32)
     if CENTRE:
         tiles = tl.where(exist, tiles - _row_means(tiles, k, T, TT), 0.0)
@@ -92,18 +92,19 @@ def _norm_encode(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
     gain, shift, eps, matrix, channels,
     T: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BESIDE: tl.constexpr, CENTRE: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0)
     j = tl.arange(0, BLOCK)
     tiles, _, _, exist = _load_normalised(
-        x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T, TT, FULL, CENTRE
+        x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T, TT, FULL, BESIDE, CENTRE
     )  # fmt: skip
     tiles *= by_column(gain, j, k, T, TT)
     if SHIFT:
         tiles = tl.where(exist, tiles + by_column(shift, j, k, T, TT), 0.0)
     encoded = multiply(load_basis(matrix, R, T, RP, TT), tiles.to(matrix.dtype.element_ty), None, PRECISION)
-    places, exist = channel_places(p, j, P, K, K, R, RP, S, FULL)
+    places, exist = channel_places(p, j, N, P, K, K, R, RP, S, FULL, BESIDE)
     tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exist)
 
 
@@ -112,7 +113,8 @@ def _norm_encode_backward(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
     gain, shift, eps, matrix, gradient, dx, dx_b, dx_n, dx_k, products, dgain, dshift,
     T: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, CENTRE: tl.constexpr, SHIFT: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BESIDE: tl.constexpr, CENTRE: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS rows of tiles, one after the other."""
     pid = tl.program_id(0)
@@ -125,13 +127,13 @@ def _norm_encode_backward(
     for step in range(ROWS):
         p = pid * ROWS + step
         unit, scale, _, exist = _load_normalised(
-            x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T, TT, FULL, CENTRE
+            x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T, TT, FULL, BESIDE, CENTRE
         )  # fmt: skip
         tiles = unit * gains
         if SHIFT:
             tiles = tl.where(exist, tiles + by_column(shift, j, k, T, TT), 0.0)
         tiles = tiles.to(matrix.dtype.element_ty)
-        places, exist_coded = channel_places(p, j, P, K, K, R, RP, S, FULL)
+        places, exist_coded = channel_places(p, j, N, P, K, K, R, RP, S, FULL, BESIDE)
         coded = tl.load(gradient + places, mask=exist_coded, other=0.0)
         again = multiply(basis, tiles, None, PRECISION)
         tl.store(gradient + places, again.to(gradient.dtype.element_ty), mask=exist_coded)  # `coded` has been read
@@ -143,7 +145,7 @@ def _norm_encode_backward(
         inner = dtiles - unit * _row_means(dtiles * unit, k, T, TT)
         if CENTRE:
             inner -= _row_means(dtiles, k, T, TT)
-        places, exist = tile_places(p, j, N, P, n, k, dx_b, dx_n, dx_k, T, TT, FULL)
+        places, exist = tile_places(p, j, N, P, n, k, dx_b, dx_n, dx_k, T, TT, FULL, BESIDE)
         tl.store(dx + places, (inner * scale).to(dx.dtype.element_ty), mask=exist)
     store_product(product, products, pid, R, T, RP, TT)
     store_column_sums(gain_sum, dgain, pid, j, k, T, TT)

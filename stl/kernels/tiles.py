@@ -5,8 +5,10 @@ P = B·N is the number of rows of tiles. Channels are (R, P, K), contiguous, or 
 groups of one row of tiles p. A group is S tiles side by side, as many as fill what `tl.dot` takes: one, but four of
 tiles of 2. Its TT = S·T² entries are a column of (TT, BLOCK), row-major over all of the group, TT/T in a row; its
 channels are a column of (RP, BLOCK), channel q of its tile s in row q·S + s. RP is R·S rounded up to what `tl.dot`
-takes; the rest is zeros. A number that is not finite in one tile of a group leaves none in the group. Where ALONE is
-not 0, a row of tiles is several of X side by side, ALONE groups of each, so that blocks are full.
+takes; the rest is zeros. A number that is not finite in one tile of a group leaves none in the group.
+
+Where the tiles of a row do not fill the blocks of its programs, these take the rows of several samples side by side as
+one, p: BESIDE is how many samples, and how many groups each of them has in it; (1, 0) where one sample is alone.
 """
 
 from functools import lru_cache
@@ -30,8 +32,8 @@ remembered = lru_cache(maxsize=1024)
 
 
 class Tiling(NamedTuple):
-    """The tiles of a matrix (samples, n, k): `columns`, or K, in a row of tiles, those from ⌈k/t⌉ on empty. Such a row
-    may be several of the matrix side by side, `together`."""
+    """The tiles of a matrix (samples, n, k): `columns`, or K, in a row of tiles, those from ⌈k/t⌉ on empty. Programs
+    take those of `together` samples as one row."""
 
     samples: int
     n: int
@@ -51,46 +53,47 @@ class Tiling(NamedTuple):
         return max(1, LEAST // self.tile**2)
 
     @property
-    def groups(self) -> int:
-        """In a row of tiles."""
+    def alone(self) -> int:
+        """Groups in a row of tiles of one sample."""
         return ceil(self.columns / self.group)
 
     @property
+    def groups(self) -> int:
+        """In a row of tiles as programs take it."""
+        return self.together * self.alone
+
+    @property
     def rows(self) -> int:
-        """P, rows of tiles in all samples."""
-        return self.samples * ceil(self.n / self.tile)
+        """Of tiles, in all samples, as programs take them."""
+        return self.samples // self.together * ceil(self.n / self.tile)
 
     def in_whole_blocks(self, block: int, *matrices: Tensor | None) -> "Tiling":
-        """The same tiles, so many rows of them side by side that blocks of `block` tiles of 4 × 4 divide these.
+        """The same tiles, with as few samples together as blocks of `block` tiles of 4 × 4 divide the groups of.
 
-        As it is where tiles are not full, rows of tiles not so many times as many, or those of a matrix (samples, n, ·)
-        not as far apart in memory from sample to sample as within one.
+        As it is where tiles have fewer than t features, or that number does not divide the samples. Rows of tiles that
+        are full are samples of their own, where all in one of these matrices (samples, n, ·) are equally far apart.
         """
         together = block_size(self, block)
         together //= gcd(together, self.groups)
-        full = self.n % self.tile == 0 and self.k == self.columns * self.tile and self.columns % self.group == 0
-        even = all(of is None or len(of) == 1 or of.stride(0) == of.shape[1] * of.stride(1) for of in matrices)
-        if together == 1 or not (full and even) or self.rows % together:
+        if together == 1 or self.k < self.columns * self.tile or self.columns % self.group:
             return self
-        rows, k, columns = self.rows // together, self.k * together, self.columns * together
-        return Tiling(rows, self.tile, k, self.tile, columns, together)
-
-    @property
-    def alone(self) -> int:
-        """Groups in a row of tiles of the matrix, where several are side by side; otherwise 0."""
-        return self.groups // self.together if self.together > 1 else 0
+        tiling = self
+        even = all(of is None or len(of) == 1 or of.stride(0) == of.shape[1] * of.stride(1) for of in matrices)
+        if even and self.n % self.tile == 0:
+            tiling = self._replace(samples=self.rows, n=self.tile)
+        return self if tiling.samples % together else tiling._replace(together=together)
 
     def strides(self, matrix: Tensor | None) -> tuple[int, ...]:
         """From sample to sample, row to row and feature to feature of a matrix; 0 of none."""
         if matrix is None:
             return (0, 0, 0)
-        if self.together == 1:
-            return matrix.stride()
-        return self.together * self.tile * matrix.stride(1), *matrix.stride()[1:]
+        sample, row, feature = matrix.stride()
+        return sample if self.samples == len(matrix) else self.tile * row, row, feature
 
     def sizes(self) -> tuple[int, ...]:
         """What the kernels take: n, k, N, P and K."""
-        return self.n, self.k, ceil(self.n / self.tile), self.rows, self.columns
+        rows = ceil(self.n / self.tile)
+        return self.n, self.k, rows, self.samples * rows, self.columns
 
 
 def padded(entries: int) -> int:
@@ -170,8 +173,9 @@ def constants(tiling: Tiling, rank: int, dtype: torch.dtype, grid: Grid) -> dict
         "FULL": (
             tiling.n % tiling.tile == 0 and tiling.rows % grid.rows == 0,
             tiling.k == tiling.columns * tiling.tile and tiling.columns % tiling.group == 0,
-            tiling.columns % (tiling.group * grid.block) == 0,
+            tiling.columns * tiling.together % (tiling.group * grid.block) == 0,
         ),
+        "BESIDE": (tiling.together, tiling.alone) if tiling.together > 1 else (1, 0),
         "num_warps": min(grid.warps, most_warps),
     }
 
@@ -198,37 +202,35 @@ def load_basis(matrix, R: tl.constexpr, T: tl.constexpr, RP: tl.constexpr, TT: t
 
 
 @triton.jit
-def side_by_side(j, stride_n, T: tl.constexpr, ALONE: tl.constexpr):
-    """The groups j of rows of tiles side by side, each by its place in its own row; and how far in memory that is from
-    the first, (1, BLOCK)."""
-    if ALONE == 0:
-        return j, tl.zeros((1, j.shape[0]), tl.int64)
-    else:
-        return j % ALONE, ((j // ALONE) * T).to(tl.int64)[None, :] * stride_n
+def own_groups(j, BESIDE: tl.constexpr):
+    """The groups j, each by its place in the row of tiles of its sample."""
+    return j if BESIDE[0] == 1 else j % BESIDE[1]
 
 
 @triton.jit
 def tile_places(
     p, j, N, P, n, k, stride_b, stride_n, stride_k, T: tl.constexpr, TT: tl.constexpr,
-    FULL: tl.constexpr,
+    FULL: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """Offsets (TT, BLOCK) of the entries of the groups j in the row of tiles p, and which of them exist."""
     W: tl.constexpr = TT // T
     e = tl.arange(0, TT)[:, None]
     row = ((p % N) * T).to(tl.int64) + e // W
-    column = j[None, :] * W + e % W
-    places = (p // N).to(tl.int64) * stride_b + row * stride_n + column.to(tl.int64) * stride_k
-    return places, tiles_exist(p, j, N, P, n, k, T, TT, FULL)
+    column = own_groups(j, BESIDE)[None, :] * W + e % W
+    places = (p // N).to(tl.int64) * BESIDE[0] * stride_b + row * stride_n + column.to(tl.int64) * stride_k
+    if BESIDE[0] > 1:
+        places += (j // BESIDE[1]).to(tl.int64)[None, :] * stride_b
+    return places, tiles_exist(p, j, N, P, n, k, T, TT, FULL, BESIDE)
 
 
 @triton.jit
-def tiles_exist(p, j, N, P, n, k, T: tl.constexpr, TT: tl.constexpr, FULL: tl.constexpr):
+def tiles_exist(p, j, N, P, n, k, T: tl.constexpr, TT: tl.constexpr, FULL: tl.constexpr, BESIDE: tl.constexpr):
     """Which entries (TT, BLOCK) exist of the groups j in the row of tiles p; only what can be false is computed."""
     W: tl.constexpr = TT // T
     e = tl.arange(0, TT)[:, None]
     exist = tl.full((TT, j.shape[0]), True, tl.int1)
     if not FULL[0]:
-        exist = exist & ((p % N) * T + e // W < n) & (p < P)
+        exist = exist & ((p % N) * T + e // W < n) & (p < P // BESIDE[0])
     if not FULL[1]:
         exist = exist & (j[None, :] * W + e % W < k)
     elif not FULL[2]:
@@ -237,18 +239,25 @@ def tiles_exist(p, j, N, P, n, k, T: tl.constexpr, TT: tl.constexpr, FULL: tl.co
 
 
 @triton.jit
-def channel_places(p, j, P, K, width, R: tl.constexpr, RP: tl.constexpr, S: tl.constexpr, FULL: tl.constexpr):
+def channel_places(
+    p, j, N, P, K, width, R: tl.constexpr, RP: tl.constexpr, S: tl.constexpr, FULL: tl.constexpr,
+    BESIDE: tl.constexpr,
+):  # fmt: skip
     """Offsets (RP, BLOCK) of the channels of the groups j in the row of tiles p, which are `width` from row to row in
     memory, and which of them exist."""
     row = tl.arange(0, RP)[:, None]
-    column = j[None, :] * S + row % S
+    column = own_groups(j, BESIDE)[None, :] * S + row % S
     exist = tl.full((RP, j.shape[0]), True, tl.int1)
     if R * S < RP:
         exist = exist & (row < R * S)
     if not FULL[0]:
-        exist = exist & (p < P)
+        exist = exist & (p < P // BESIDE[0])
     if not FULL[2]:
         exist = exist & (column < K)
+    if BESIDE[0] > 1:
+        width = width // (BESIDE[1] * S) * (BESIDE[1] * S)  # as it is, and known to be such a multiple
+        p = (p // N) * (BESIDE[0] * N) + p % N
+        column += (j // BESIDE[1]).to(tl.int64)[None, :] * N * width
     return ((row // S).to(tl.int64) * P + p) * width + column, exist
 
 

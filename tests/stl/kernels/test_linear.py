@@ -76,19 +76,24 @@ def test_tiles_that_are_all_full_in_rows_of_tiles_that_are_not(monkeypatch):
         ((2, 256, 12), 20, ("strassen", 4, 49)),
         ((4, 128, 48), 80, ("strassen", 2, 7)),
         ((4, 128, 48), 80, ("random", 8, 16)),
+        ((48, 6, 96), 160, ("hadamard", 4, 16)),
+        ((8, 5, 128), 256, ("strassen", 2, 7)),
+        ((8, 12, 96), 160, ("random", 8, 16)),
     ],
 )
-@pytest.mark.parametrize("features_last", [True, False])
-def test_rows_of_tiles_side_by_side_fill_blocks(shape, m, basis, features_last, together):
-    x, *layer = operands(shape, m, *basis)
-    assert_operator_agrees([x if features_last else x.mT.contiguous().mT, *layer], torch.float32, 2e-6)
+@pytest.mark.parametrize("programs", [4, 1408])
+def test_rows_of_tiles_side_by_side_fill_blocks(shape, m, basis, programs, together, monkeypatch):
+    for of in ("tiles.PROGRAMS", "decode.MANY_PROGRAMS"):
+        monkeypatch.setattr(f"stl.kernels.{of}", programs)  # of few each takes several rows, the last fewer
+    assert_operator_agrees(operands(shape, m, *basis), torch.float32, 2e-6)
     assert all(rows > 1 for rows in together)
 
 
-def test_samples_apart_in_memory_have_rows_of_tiles_of_their_own(together):
-    x, *layer = (tensor.float() for tensor in operands((8, 128, 24), 40, "hadamard", 4, 16))
-    assert_operator_agrees([x[::2], *layer], torch.float32, 2e-6)
-    assert 1 in together  # x, by those that read it; what comes out is in one piece
+@pytest.mark.parametrize("apart", ["samples", "features"])
+def test_rows_of_tiles_of_samples_that_are_not_in_one_piece_are_side_by_side(apart, together):
+    x, *layer = (tensor.float() for tensor in operands((32, 8, 96), 160, "hadamard", 4, 16))
+    assert_operator_agrees([x[::2] if apart == "samples" else x.mT.contiguous().mT, *layer], torch.float32, 2e-6)
+    assert all(rows > 1 for rows in together)
 
 
 def test_nothing_is_read_behind_rows_that_end_with_a_tile():

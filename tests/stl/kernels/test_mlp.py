@@ -92,8 +92,12 @@ def test_sums_over_many_rows_of_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("more", [{}, {"up": (4, 16, "hadamard")}, {"halves": True}], ids=["plain", "gated", "halves"])
-def test_rows_of_tiles_side_by_side_fill_blocks(more, together):
-    assert_agree(mlp((24, 80 if "halves" in more else 40, 24), **more), gaussian(4, 128, 24, seed=0))
+@pytest.mark.parametrize(("shape", "hidden"), [((4, 128, 24), 40), ((48, 6, 96), 160)])
+def test_rows_of_tiles_side_by_side_fill_blocks(shape, hidden, more, together, monkeypatch):
+    monkeypatch.setattr("stl.kernels.hidden.PROGRAMS", 4)  # each takes several rows, the last fewer
+    assert_agree(
+        mlp((shape[2], 2 * hidden if "halves" in more else hidden, shape[2]), **more), gaussian(*shape, seed=0)
+    )
     assert all(rows > 1 for rows in together)
 
 

@@ -32,30 +32,38 @@ def test_what_is_not_asked_holds():
 
 
 def test_rows_side_by_side_are_the_same_numbers_in_whole_blocks():
-    changed = 0
-    for samples, n, k, tile, block in product([1, 3, 8], [12, 16, 64], [20, 48, 62, 64, 96], [2, 4, 8], [32, 64, 128]):
-        tiling, x = Tiling(samples, n, k, tile, -(-k // tile)), torch.arange(samples * n * k).view(samples, n, k)
+    together = set()
+    for samples, n, k, tile, block in product([1, 4, 8], [12, 14, 64], [20, 48, 62, 64, 96], [2, 4, 8], [32, 64, 128]):
+        x = torch.arange(samples * n * k).view(samples, n, k)
+        tiling = Tiling.of(x, tile)
         joined = tiling.in_whole_blocks(block, x)
         if joined.together == 1:
             assert joined == tiling
             continue
-        changed += 1
         assert joined.groups % block_size(tiling, block) == 0
-        assert joined.rows * joined.columns == tiling.rows * tiling.columns
-        of_tiles = x.view(-1, tile, tiling.columns, tile)  # rows, rows of one, columns, features of one
-        own = torch.arange(joined.columns)
-        row, column = own // tiling.columns, own % tiling.columns
+        assert joined.rows * joined.groups == tiling.rows * tiling.groups
+        (_, _, rows_of_one, rows, columns), (sample, row, feature) = joined.sizes(), joined.strides(x)
+        assert (rows, columns) == (tiling.rows, tiling.columns)
+        of_tiles = torch.nn.functional.pad(x, (0, 0, 0, -n % tile)).view(tiling.rows, tile, k)[:, 0]  # the first of t
         for p in (0, joined.rows - 1):
-            place = p * joined.strides(x)[0] + row * tile * x.stride(1) + column * tile
-            assert torch.equal(x.flatten()[place], of_tiles[p * joined.together + row, 0, column, 0])
-    assert changed > 20
+            for side in range(joined.together):
+                sample_of = p // rows_of_one * joined.together + side
+                place = sample_of * sample + p % rows_of_one * tile * row + torch.arange(k) * feature
+                assert torch.equal(x.flatten()[place], of_tiles[sample_of * rows_of_one + p % rows_of_one])
+        together.add((joined.together, joined.n == n))
+    assert {(2, True), (2, False), (8, True), (8, False)} < together
 
 
-def test_rows_stay_apart_where_tiles_are_not_full_or_samples_are_not_in_one_piece():
+def test_samples_of_rows_that_are_full_and_equally_far_apart_are_the_rows():
     x = torch.empty(8, 64, 96)
     tiling = Tiling.of(x, 4)
-    assert tiling.in_whole_blocks(64, x, None).together == 8
-    for other in (x[:, :, :94], x[:, :62]):
-        assert Tiling.of(other, 4).in_whole_blocks(64, other.contiguous()).together == 1
-    assert tiling.in_whole_blocks(64, torch.empty(8, 65, 96)[:, :64]).together == 1
-    assert Tiling.of(x[:1, :12], 4).in_whole_blocks(64).together == 1  # three rows of tiles
+    assert tiling.in_whole_blocks(64, x, None) == Tiling(128, 4, 96, 4, 24, 8)
+    assert tiling.in_whole_blocks(64, x, x[:1]) == Tiling(128, 4, 96, 4, 24, 8)
+    for other in (x[:, :62], torch.empty(8, 65, 96)[:, :64]):
+        assert Tiling.of(other, 4).in_whole_blocks(64, other) == Tiling(*other.shape, 4, 24, 8)
+
+
+def test_rows_stay_apart_where_tiles_are_not_full_or_samples_are_too_few():
+    x = torch.empty(8, 64, 96)
+    for other in (x[:, :, :94], x[:7, :62], x[:1, :12]):
+        assert Tiling.of(other, 4).in_whole_blocks(64, other) == Tiling.of(other, 4)
