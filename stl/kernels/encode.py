@@ -84,9 +84,9 @@ def _launch(
     x: Tensor, tiling: Tiling, matrix: Tensor, channels: Tensor, others: Tensor | None, bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     rank, dtype = len(matrix), matrix.dtype
-    alone = others is None and not bias
-    tiling = tiling.in_whole_blocks(128 if alone else 64, x)
-    if alone:
+    sums_nothing = others is None and not bias
+    tiling = tiling.in_whole_blocks(128 if sums_nothing else 64, x)
+    if sums_nothing:
         grid = divide(tiling, 128, 8 if dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=1)
         stages = 3
     else:

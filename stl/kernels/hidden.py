@@ -71,7 +71,7 @@ def _hidden(
     T: tl.constexpr, R: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
     S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr, BESIDE: tl.constexpr,
+    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BITS: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """A program takes the same BLOCK groups of ROWS rows of tiles, one row after the other."""
     blocks = tl.cdiv(BESIDE[0] * M, BLOCK * S)
@@ -85,7 +85,7 @@ def _hidden(
     for step in range(ROWS):
         p = chunk * ROWS + step
         _, _, _, tiles = _decoded(channels, decode, shift, p, j, N, P, M, width, R, RP, S, PRECISION, FULL, BESIDE)
-        values = activate(tiles, ACTIVATION, LOW)
+        values = activate(tiles, ACTIVATION, BITS)
         if GATED:
             _, _, _, factor = _decoded(
                 up, up_decode, up_shift, p, j, N, P, M, width, RU, RPU, S, PRECISION, FULL, BESIDE
@@ -104,7 +104,7 @@ def _hidden_backward(
     T: tl.constexpr, R: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
     S: tl.constexpr, TT: tl.constexpr, RP: tl.constexpr, RPU: tl.constexpr, RP2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr, BESIDE: tl.constexpr,
+    GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BITS: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """A program takes the same BLOCK groups of ROWS rows of tiles, one row after the other."""
     pid = tl.program_id(0)
@@ -127,7 +127,7 @@ def _hidden_backward(
             channels, decode, shift, p, j, N, P, M, width, R, RP, S, PRECISION, FULL, BESIDE
         )  # fmt: skip
         tiles_are = tiles_exist(p, j, N, P, n, m, T, TT, FULL, BESIDE)
-        values = activate(tiles, ACTIVATION, LOW)
+        values = activate(tiles, ACTIVATION, BITS)
         places2, exist2 = channel_places(p, j, N, P, M, M, R2, RP2, S, FULL, BESIDE)
         dcoded = tl.load(gradient + places2, mask=exist2, other=0.0)
         dtiles = tl.where(tiles_are, multiply(tl.trans(encode), dcoded, None, PRECISION), 0.0)
@@ -147,7 +147,7 @@ def _hidden_backward(
         again = multiply(encode, values, None, PRECISION)
         tl.store(gradient + places2, again.to(gradient.dtype.element_ty), mask=exist2)  # `dcoded` has been read
         encoder_product = multiply(dcoded, tl.trans(values), encoder_product, PRECISION)
-        dtiles *= slope(tiles, ACTIVATION, LOW)
+        dtiles *= slope(tiles, ACTIVATION, BITS)
         total += dtiles
         dtiles = dtiles.to(coded.dtype)
         decoder_product = multiply(coded, tl.trans(dtiles), decoder_product, PRECISION)
@@ -262,5 +262,5 @@ def _constants(
         "GATED": up is not None,
         "UP_BIAS": up is not None and up.bias is not None,
         "ACTIVATION": activation,
-        "LOW": dtype != torch.float32,
+        "BITS": {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}[dtype],
     }

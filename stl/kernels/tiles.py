@@ -24,7 +24,7 @@ from torch import Tensor
 # once; else a few times what it holds.
 PROGRAMS, MANY_PROGRAMS = 1408, 3200
 LEAST = 16  # of each size of what `tl.dot` takes
-# How encoded tiles are stored: a GEMM reads them next, so that the L2 cache keeps them longer than what else it holds.
+# How `_encode` and `_hidden` store encoded tiles, which a GEMM reads next: the L2 cache keeps them before all else.
 READ_NEXT = tl.constexpr("evict_last")
 
 # Of layers whose sizes come again and again, called one by one, the CPU's time matters.
@@ -64,24 +64,17 @@ class Tiling(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of tiles, in all samples, as programs take them."""
+        """Of tiles, as programs take them: P, or P/together."""
         return self.samples // self.together * ceil(self.n / self.tile)
 
     def in_whole_blocks(self, block: int, *matrices: Tensor | None) -> "Tiling":
-        """The same tiles, with as few samples together as blocks of `block` tiles of 4 × 4 divide the groups of.
+        """The same tiles, with as few samples together as make their groups fill blocks of `block` tiles of 4 × 4.
 
-        As it is where tiles have fewer than t features, or that number does not divide the samples. Rows of tiles that
-        are full are samples of their own, where all in one of these matrices (samples, n, ·) are equally far apart.
+        As it is where tiles or groups are not full, or the samples are no multiple of so few. Rows of full tiles are
+        samples of their own, where all of them are equally far apart in each of these matrices (samples, n, ·).
         """
-        together = block_size(self, block)
-        together //= gcd(together, self.groups)
-        if together == 1 or self.k < self.columns * self.tile or self.columns % self.group:
-            return self
-        tiling = self
         even = all(of is None or len(of) == 1 or of.stride(0) == of.shape[1] * of.stride(1) for of in matrices)
-        if even and self.n % self.tile == 0:
-            tiling = self._replace(samples=self.rows, n=self.tile)
-        return self if tiling.samples % together else tiling._replace(together=together)
+        return _in_whole_blocks(self, block, even)
 
     def strides(self, matrix: Tensor | None) -> tuple[int, ...]:
         """From sample to sample, row to row and feature to feature of a matrix; 0 of none."""
@@ -123,6 +116,18 @@ class Grid(NamedTuple):
 def block_size(tiling: Tiling, block: int) -> int:
     """Groups that have as many entries as `block` tiles of 4 × 4."""
     return max(LEAST, block * 16 // (tiling.group * tiling.tile**2))
+
+
+@remembered
+def _in_whole_blocks(tiling: Tiling, block: int, even: bool) -> Tiling:
+    size = block_size(tiling, block)
+    together = size // gcd(size, tiling.groups)
+    if together == 1 or tiling.k < tiling.columns * tiling.tile or tiling.columns % tiling.group:
+        return tiling
+    of_rows = tiling
+    if even and tiling.n % tiling.tile == 0:
+        of_rows = tiling._replace(samples=tiling.rows, n=tiling.tile)
+    return tiling if of_rows.samples % together else of_rows._replace(together=together)
 
 
 @remembered

@@ -86,14 +86,23 @@ def test_rows_of_tiles_side_by_side_fill_blocks(shape, m, basis, programs, toget
     for of in ("tiles.PROGRAMS", "decode.MANY_PROGRAMS"):
         monkeypatch.setattr(f"stl.kernels.{of}", programs)  # of few each takes several rows, the last fewer
     assert_operator_agrees(operands(shape, m, *basis), torch.float32, 2e-6)
+    assert together
     assert all(rows > 1 for rows in together)
 
 
+@pytest.mark.parametrize("row_axis", ROW_AXES)
 @pytest.mark.parametrize("apart", ["samples", "features"])
-def test_rows_of_tiles_of_samples_that_are_not_in_one_piece_are_side_by_side(apart, together):
-    x, *layer = (tensor.float() for tensor in operands((32, 8, 96), 160, "hadamard", 4, 16))
-    assert_operator_agrees([x[::2] if apart == "samples" else x.mT.contiguous().mT, *layer], torch.float32, 2e-6)
-    assert all(rows > 1 for rows in together)
+def test_rows_of_tiles_of_samples_that_are_not_in_one_piece_are_side_by_side(apart, row_axis, together):
+    shape = (32, 8, 96) if row_axis == "tokens" else (8, 32, 96)
+    x, *layer = (tensor.float() for tensor in operands(shape, 160, "hadamard", 4, 16))
+    x = x.mT.contiguous().mT if apart == "features" else x[::2] if row_axis == "tokens" else x[:, ::2]
+    assert_operator_agrees([x, *layer], torch.float32, 2e-6, row_axis=row_axis)
+    assert set(together) == {8, 16}
+
+
+def test_groups_that_are_not_full_are_not_side_by_side(together):
+    assert_operator_agrees(operands((32, 8, 20), 20, "strassen", 2, 7), torch.float32, 2e-6)
+    assert set(together) == {1}
 
 
 def test_nothing_is_read_behind_rows_that_end_with_a_tile():

@@ -94,10 +94,12 @@ def test_sums_over_many_rows_of_tiles(monkeypatch):
 @pytest.mark.parametrize("more", [{}, {"up": (4, 16, "hadamard")}, {"halves": True}], ids=["plain", "gated", "halves"])
 @pytest.mark.parametrize(("shape", "hidden"), [((4, 128, 24), 40), ((48, 6, 96), 160)])
 def test_rows_of_tiles_side_by_side_fill_blocks(shape, hidden, more, together, monkeypatch):
-    monkeypatch.setattr("stl.kernels.hidden.PROGRAMS", 4)  # each takes several rows, the last fewer
+    for programs in ("PROGRAMS", "MANY_PROGRAMS"):
+        monkeypatch.setattr(f"stl.kernels.hidden.{programs}", 4)  # each takes several rows, the last fewer
     assert_agree(
         mlp((shape[2], 2 * hidden if "halves" in more else hidden, shape[2]), **more), gaussian(*shape, seed=0)
     )
+    assert together
     assert all(rows > 1 for rows in together)
 
 

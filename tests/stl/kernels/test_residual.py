@@ -75,6 +75,14 @@ def test_every_layout(layout):
     assert_agree(Added(STLLinear(7, 6), (3, 5, 6), layout), gaussian(3, 5, 7, seed=0))
 
 
+@pytest.mark.parametrize("n", [5, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_where_rows_of_tiles_are_side_by_side(layout, n, together):
+    torch.manual_seed(0)
+    assert_agree(Added(STLLinear(96, 160), (16, n, 160), layout), gaussian(16, n, 96, seed=0))
+    assert set(together) == {8, 16}
+
+
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 0, 7)])
 def test_lone_rows_and_no_rows(shape):
     torch.manual_seed(0)
