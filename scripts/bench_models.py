@@ -4,7 +4,7 @@
     python scripts/bench_models.py --models t2t_vit_14 --ranks 16 24 --backends triton
 
 Measured as throughput.py measures, which see: images a second of inference and of a whole training step, in bf16 with
-CUDA graphs. STL comes by each backend; with the kernels also with its MLPs fused. Each model is checked, logits and
+CUDA graphs. STL comes by each backend; with the kernels also with its blocks fused. Each model is checked, logits and
 gradients, against its reference in float32 before it is timed. Beside each rate stands its bound: the images a second
 that the counted MACs and the numbers that must be moved, in bf16, leave to the bandwidth and the arithmetic measured in
 the same run. What the file has is not measured again, and keeps its bounds: the file's ceilings are those of the last
@@ -36,7 +36,7 @@ def group(model: str, ranks: list[int], backends: list[str], batch_size: int, de
     cases = [Case(model, linear, batch_size) for linear in ("dense", SPARSE)[: 2 if device == "cuda" else 1]]
     for rank in ranks:
         for backend in backends:
-            for fused in (False, True)[: 1 if backend == "torch" else 2]:  # the reference computes layer by layer
+            for fused in (None, "blocks")[: 1 if backend == "torch" else 2]:  # the reference computes layer by layer
                 cases.append(Case(model, f"stl t=4 r={rank}", batch_size, backend=backend, fused=fused))
     return cases
 

@@ -37,7 +37,7 @@ def measure_row(row: Row, machine_words: list[str], how: How) -> dict[str, Any]:
     words = [*row.runs[0].overrides, *machine_words]
     config = configuration(words)
     # named by the first row of its model
-    case = Case(config.model.name, row.folder, config.data.batch_size, fused=True)
+    case = Case(config.model.name, row.folder, config.data.batch_size, fused="mlps")
     rates = measure(case, partial(model, words), replace(how, image_size=config.data.image_size))
     return {**vars(case), "settings": model_settings(row.runs[0].overrides), **rates}
 

@@ -52,11 +52,12 @@ from models.callbacks import write_json
 from models.compiling import MODES, compile_model
 from models.sharding import shard
 from models.t2t_vit import VARIANTS
-from stl import SettingError, STLLinear, fuse_mlps
+from stl import SettingError, STLLinear, fuse_blocks, fuse_mlps
 
 CHECKED = 8  # images whose gradients are
 ALLOWED = 2  # times the error of the same model in bf16 by plain PyTorch
 STRATEGIES = ("ddp", "fsdp2")
+FUSE = {"mlps": fuse_mlps, "blocks": fuse_blocks}  # as train.py does, and that with norms and additions
 SAME = ("gpu", "driver", "versions", "git_commit", "compile")  # what rows of one file have in common
 
 
@@ -70,7 +71,7 @@ class Case:
     devices: int = 1
     strategy: str | None = None  # with several devices, one of STRATEGIES
     backend: str = "auto"  # of the STL layers
-    fused: bool = False  # whether the two layers of an MLP are one STLMLP
+    fused: str | None = None  # what the kernels fuse, one of FUSE
 
 
 @dataclass(frozen=True)
@@ -214,8 +215,8 @@ def bounds(model: Any, shape: Sequence[int], names: Sequence[str], top: dict[str
 
 def arrange(model: nn.Module, case: Case) -> None:
     """Fuse and compute what the case says, in place."""
-    if case.fused:
-        fuse_mlps(model)
+    if case.fused is not None:
+        FUSE[case.fused](model)
     set_backend(model, case.backend)
 
 

@@ -30,18 +30,17 @@ from stl.kernels.operators import (
 from stl.kernels.shares import add_up
 from stl.kernels.tiles import (
     PROGRAMS,
+    READ_NEXT,
     Grid,
     Tiling,
-    by_column,
     channel_places,
     constants,
     divide,
+    few_channels,
     load_basis,
     multiply,
     padded,
-    store_column_sums,
     store_product,
-    tile_places,
 )
 from stl.kernels.weight_gradient import weight_gradient
 from stl.normalisation import Norm
@@ -66,25 +65,53 @@ def norm_encode_gemm(samples: Tensor, norm: Norm, weight: Tensor, encoder: Tenso
 
 
 @triton.jit
-def _row_means(values, k, T: tl.constexpr, TT: tl.constexpr):
-    """Means over the k features of each row, (TT, BLOCK) → (TT, 1); a group has TT/T entries of a row."""
-    sums = tl.reshape(tl.sum(values, 1), (T, TT // T))
-    rows = tl.broadcast_to(tl.sum(sums, 1, keep_dims=True), (T, TT // T))
-    return tl.reshape(rows, (TT,))[:, None] / k
+def _as_tiles(rows, T: tl.constexpr, TT: tl.constexpr):
+    """(T, WIDTH) → (TT, BLOCK), all groups of a row of tiles."""
+    W: tl.constexpr = TT // T
+    BLOCK: tl.constexpr = rows.shape[1] // W
+    return tl.reshape(tl.permute(tl.reshape(rows, (T, BLOCK, W)), (0, 2, 1)), (TT, BLOCK))
 
 
 @triton.jit
-def _load_normalised(
-    x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T: tl.constexpr, TT: tl.constexpr, FULL: tl.constexpr,
-    BESIDE: tl.constexpr, CENTRE: tl.constexpr,
-):  # fmt: skip
-    """(x̂, 1/σ of its rows, offsets of its entries in x, which of them exist)."""
-    places, exist = tile_places(p, j, N, P, n, k, stride_b, stride_n, stride_k, T, TT, FULL, BESIDE)
-    tiles = tl.load(x + places, mask=exist, other=0.0).to(tl.float32)
+def _as_rows(tiles, T: tl.constexpr, TT: tl.constexpr):
+    """Back again."""
+    W: tl.constexpr = TT // T
+    BLOCK: tl.constexpr = tiles.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(tiles, (T, W, BLOCK)), (0, 2, 1)), (T, BLOCK * W))
+
+
+@triton.jit
+def _row_places(p, c, N, P, n, k, stride_b, stride_n, stride_k, T: tl.constexpr, FULL: tl.constexpr):
+    """Offsets (T, WIDTH) of the features c in the row of tiles p, and which of them exist."""
+    row = (p % N) * T + tl.arange(0, T)[:, None]
+    places = (p // N).to(tl.int64) * stride_b + row.to(tl.int64) * stride_n + c[None, :].to(tl.int64) * stride_k
+    exist = tl.broadcast_to(c[None, :] < k, places.shape)
+    return places, exist if FULL[0] else exist & (row < n) & (p < P)
+
+
+@triton.jit
+def _by_feature(vector, c, k, GIVEN: tl.constexpr):
+    """A number for each of the k features, as float32 (1, WIDTH); 0 behind the last, and where none is given."""
+    if GIVEN:
+        return tl.load(vector + c, mask=c < k, other=0.0).to(tl.float32)[None, :]
+    else:
+        return tl.zeros((1, c.shape[0]), tl.float32)
+
+
+@triton.jit
+def _normalise(rows, exist, k, eps, CENTRE: tl.constexpr):
+    """x̂ (T, WIDTH), and 1/σ of its rows (T, 1)."""
     if CENTRE:
-        tiles = tl.where(exist, tiles - _row_means(tiles, k, T, TT), 0.0)
-    scale = tl.rsqrt(_row_means(tiles * tiles, k, T, TT) + eps)
-    return tl.where(exist, tiles * scale, 0.0), scale, places, exist  # a row that does not exist may have 0·∞
+        rows = tl.where(exist, rows - tl.sum(rows, 1, keep_dims=True) / k, 0.0)
+    scale = tl.rsqrt(tl.sum(rows * rows, 1, keep_dims=True) / k + eps)
+    return tl.where(exist, rows * scale, 0.0), scale  # a row that does not exist may have 0·∞
+
+
+@triton.jit
+def _scaled(unit, exist, gains, shifts, SHIFT: tl.constexpr):
+    """x̂·gain + shift."""
+    rows = unit * gains
+    return tl.where(exist, rows + shifts, 0.0) if SHIFT else rows
 
 
 @triton.jit
@@ -96,16 +123,15 @@ def _norm_encode(
     SHIFT: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0)
-    j = tl.arange(0, BLOCK)
-    tiles, _, _, exist = _load_normalised(
-        x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T, TT, FULL, BESIDE, CENTRE
-    )  # fmt: skip
-    tiles *= by_column(gain, j, k, T, TT)
-    if SHIFT:
-        tiles = tl.where(exist, tiles + by_column(shift, j, k, T, TT), 0.0)
-    encoded = multiply(load_basis(matrix, R, T, RP, TT), tiles.to(matrix.dtype.element_ty), None, PRECISION)
-    places, exist = channel_places(p, j, N, P, K, K, R, RP, S, FULL, BESIDE)
-    tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exist)
+    c = tl.arange(0, BLOCK * (TT // T))
+    places, exist = _row_places(p, c, N, P, n, k, stride_b, stride_n, stride_k, T, FULL)
+    rows = tl.load(x + places, mask=exist, other=0.0).to(tl.float32)
+    unit, _ = _normalise(rows, exist, k, eps, CENTRE)
+    gains, shifts = _by_feature(gain, c, k, True), _by_feature(shift, c, k, SHIFT)
+    tiles = _as_tiles(_scaled(unit, exist, gains, shifts, SHIFT).to(matrix.dtype.element_ty), T, TT)
+    encoded = multiply(load_basis(matrix, R, T, RP, TT), tiles, None, PRECISION)
+    places, exist = channel_places(p, tl.arange(0, BLOCK), N, P, K, K, R, RP, S, FULL, BESIDE)
+    tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exist, eviction_policy=READ_NEXT)
 
 
 @triton.jit
@@ -118,39 +144,43 @@ def _norm_encode_backward(
 ):  # fmt: skip
     """A program takes ROWS rows of tiles, one after the other."""
     pid = tl.program_id(0)
-    j = tl.arange(0, BLOCK)
+    WIDTH: tl.constexpr = BLOCK * (TT // T)
+    c = tl.arange(0, WIDTH)
     basis = load_basis(matrix, R, T, RP, TT)
-    gains = by_column(gain, j, k, T, TT)
+    gains, shifts = _by_feature(gain, c, k, True), _by_feature(shift, c, k, SHIFT)
     product = tl.zeros((RP, TT), tl.float32)
-    gain_sum = tl.zeros((TT, BLOCK), tl.float32)
-    shift_sum = tl.zeros((TT, BLOCK), tl.float32)
+    gain_sum = tl.zeros((WIDTH,), tl.float32)
+    shift_sum = tl.zeros((WIDTH,), tl.float32)
     for step in range(ROWS):
         p = pid * ROWS + step
-        unit, scale, _, exist = _load_normalised(
-            x, stride_b, stride_n, stride_k, n, k, N, P, p, j, eps, T, TT, FULL, BESIDE, CENTRE
-        )  # fmt: skip
-        tiles = unit * gains
-        if SHIFT:
-            tiles = tl.where(exist, tiles + by_column(shift, j, k, T, TT), 0.0)
-        tiles = tiles.to(matrix.dtype.element_ty)
-        places, exist_coded = channel_places(p, j, N, P, K, K, R, RP, S, FULL, BESIDE)
+        places, exist = _row_places(p, c, N, P, n, k, stride_b, stride_n, stride_k, T, FULL)
+        rows = tl.load(x + places, mask=exist, other=0.0).to(tl.float32)
+        unit, scale = _normalise(rows, exist, k, eps, CENTRE)
+        tiles = _as_tiles(_scaled(unit, exist, gains, shifts, SHIFT).to(matrix.dtype.element_ty), T, TT)
+        places, exist_coded = channel_places(p, tl.arange(0, BLOCK), N, P, K, K, R, RP, S, FULL, BESIDE)
         coded = tl.load(gradient + places, mask=exist_coded, other=0.0)
         again = multiply(basis, tiles, None, PRECISION)
         tl.store(gradient + places, again.to(gradient.dtype.element_ty), mask=exist_coded)  # `coded` has been read
         product = multiply(coded, tl.trans(tiles), product, PRECISION)
-        dtiles = tl.where(exist, multiply(tl.trans(basis), coded, None, PRECISION), 0.0)
-        gain_sum += dtiles * unit
-        shift_sum += dtiles
-        dtiles *= gains
-        inner = dtiles - unit * _row_means(dtiles * unit, k, T, TT)
+        drows = tl.where(exist, _as_rows(multiply(tl.trans(basis), coded, None, PRECISION), T, TT), 0.0)
+        gain_sum += tl.sum(drows * unit, 0)
+        shift_sum += tl.sum(drows, 0)
+        drows *= gains
+        inner = drows - unit * (tl.sum(drows * unit, 1, keep_dims=True) / k)
         if CENTRE:
-            inner -= _row_means(dtiles, k, T, TT)
-        places, exist = tile_places(p, j, N, P, n, k, dx_b, dx_n, dx_k, T, TT, FULL, BESIDE)
+            inner -= tl.sum(drows, 1, keep_dims=True) / k
+        places, exist = _row_places(p, c, N, P, n, k, dx_b, dx_n, dx_k, T, FULL)
         tl.store(dx + places, (inner * scale).to(dx.dtype.element_ty), mask=exist)
     store_product(product, products, pid, R, T, RP, TT)
-    store_column_sums(gain_sum, dgain, pid, j, k, T, TT)
+    _store_sums(gain_sum, dgain, pid, c, k)
     if SHIFT:
-        store_column_sums(shift_sum, dshift, pid, j, k, T, TT)
+        _store_sums(shift_sum, dshift, pid, c, k)
+
+
+@triton.jit
+def _store_sums(sums, total, pid, c, k):
+    """One program's share of sums over rows, (WIDTH,), to total (programs, k)."""
+    tl.store(total + pid.to(tl.int64) * k + c, sums, mask=c < k)
 
 
 @operator("norm_encode_gemm")
@@ -170,11 +200,12 @@ def _norm_encode_gemm(
     gain, shift = gain.contiguous(), contiguous(shift)
     tiling = Tiling.of(samples, tile)
     channels = weight.new_empty(len(encoder), tiling.rows, tiling.columns)
+    grid = _grid(tiling, encoder, backward=False)
     if channels.numel():
         with torch.cuda.device_of(x):
-            _norm_encode[(tiling.rows,)](
+            _norm_encode[(grid.programs,)](
                 samples, *samples.stride(), *tiling.sizes(), gain, shift, eps, encoder.contiguous(), channels,
-                **_constants(tiling, encoder, centre, shift, _grid(tiling, 1)),
+                **_constants(tiling, encoder, centre, shift, grid),
             )  # fmt: skip
     return torch.bmm(channels, weight)
 
@@ -203,7 +234,7 @@ def _norm_encode_gemm_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dsamples = sample_view(dx, rows_first)
     channels = torch.bmm(gradient, weight.mT)
-    grid = _grid(tiling, 1024)
+    grid = _grid(tiling, encoder, backward=True)
     products = x.new_empty(grid.programs, *encoder.shape, dtype=torch.float32)
     dgain = x.new_empty(grid.programs, tiling.k, dtype=torch.float32)
     dshift = None if shift is None else torch.empty_like(dgain)
@@ -258,11 +289,15 @@ def _(gradient, x, gain, shift, weight, encoder, *_, **__) -> int:
     return 2 * (3 * coded + 2 * core)
 
 
-def _grid(tiling: Tiling, most_rows: int) -> Grid:
-    """Whole rows of tiles for each program."""
+def _grid(tiling: Tiling, encoder: Tensor, backward: bool) -> Grid:
+    """Whole rows of tiles for each program, one after the other in the backward pass, where each leaves sums behind."""
     block = padded(tiling.groups)
+    most_rows, entries = (1024, 1024) if backward else (1, 2048)  # a warp has so many entries
     rows = divide(tiling._replace(columns=block * tiling.group), block, 1, PROGRAMS, most_rows).rows
-    return Grid(block, rows, 4 if tiling.groups <= 64 else 8, 1, ceil(tiling.rows / rows))
+    few = few_channels(tiling, encoder.dtype, len(encoder))
+    more = 4 if encoder.dtype == torch.float32 else 2 if backward and not few else 1
+    warps = more * block * tiling.group * tiling.tile**2 // entries
+    return Grid(block, rows, min(16, max(1 if few else 2, warps)), 1, ceil(tiling.rows / rows))
 
 
 def _constants(tiling: Tiling, encoder: Tensor, centre: bool, shift: Tensor | None, grid: Grid) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor
 # once; else a few times what it holds.
 PROGRAMS, MANY_PROGRAMS = 1408, 3200
 LEAST = 16  # of each size of what `tl.dot` takes
-# How `_encode` and `_hidden` store encoded tiles, which a GEMM reads next: the L2 cache keeps them before all else.
+# How kernels store encoded tiles, which a GEMM reads next: the L2 cache keeps them before all else.
 READ_NEXT = tl.constexpr("evict_last")
 
 # Of layers whose sizes come again and again, called one by one, the CPU's time matters.

@@ -48,8 +48,10 @@ def test_each_model_is_compared_with_its_dense_twin(tmp_path, measured, monkeypa
     out = tmp_path / "folder" / "models.json"
     run(monkeypatch, out, "--backends", "torch", "triton")
     written = json.loads(out.read_text())
-    layers = [("dense", "auto", False)]
-    layers += [("stl t=4 r=16", backend, fused) for backend, fused in (("torch", 0), ("triton", 0), ("triton", 1))]
+    layers = [("dense", "auto", None)]
+    layers += [
+        ("stl t=4 r=16", backend, fused) for backend, fused in (("torch", None), ("triton", None), ("triton", "blocks"))
+    ]
     rows = written["models"]
     assert [(row["model"], row["linear"], row["backend"], row["fused"]) for row in rows] == [
         (model, *layer) for model in bench_models.MODELS for layer in layers

@@ -44,7 +44,7 @@ def test_each_model_is_measured_once(call, monkeypatch):
     monkeypatch.setattr(bench_rows, "measure", measure)
     dense, stl = call("--set", "num_threads=1", "data.batch_size=7")
     assert [row["linear"] for row in (dense, stl)] == ["rows/dense-lr-1", "rows/stl"]
-    assert [(case.batch_size, case.fused, how.image_size) for case, how in measured] == [(7, True, 32)] * 2
+    assert [(case.batch_size, case.fused, how.image_size) for case, how in measured] == [(7, "mlps", 32)] * 2
     assert dense["training_images_per_second"] > stl["training_images_per_second"]
     call()
     assert len(measured) == 2

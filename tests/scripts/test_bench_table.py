@@ -55,7 +55,7 @@ BLOCKS = {
 
 def model(linear, rate=None, **more):
     rates = {} if rate is None else {"inference_images_per_second": rate, "training_images_per_second": rate / 10}
-    return {"model": "t2t_vit_7", "linear": linear, "backend": "auto", "fused": False, **rates, **more}
+    return {"model": "t2t_vit_7", "linear": linear, "backend": "auto", "fused": None, **rates, **more}
 
 
 STL = "stl t=4 r=16"
@@ -65,7 +65,7 @@ MODELS = {
         model("dense", 40000.0),
         model("dense", 99999.0, devices=2),
         model(STL, 50000.0, backend="triton"),
-        model(STL, backend="triton", fused=True),
+        model(STL, backend="triton", fused="blocks"),
         model("dense", 100.0) | {"model": "t2t_vit_14"},
     ],
 }

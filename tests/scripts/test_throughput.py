@@ -36,8 +36,9 @@ def test_one_device(linear, tmp_path):
     assert max(rates[name] for name in errors) < 0.05
 
 
-def test_a_fused_model_computes_the_same():
-    case = Case("t2t_vit_tiny", "stl t=4 r=16", 2, backend="torch", fused=True)
+@pytest.mark.parametrize("fused", throughput.FUSE)
+def test_a_fused_model_computes_the_same(fused):
+    case = Case("t2t_vit_tiny", "stl t=4 r=16", 2, backend="torch", fused=fused)
     rates = throughput._rates(case, made(case), QUICK, torch.device("cpu"))
     assert rates["error"] == rates["plain_error"]
     assert rates["gradient_error"] == pytest.approx(rates["plain_gradient_error"])
@@ -173,11 +174,11 @@ def test_efficiency_compares_with_one_device(tmp_path, calls, capsys):
 
 
 def test_other_layers_are_compared_with_the_first_of_their_group(tmp_path, calls):
-    stl = Case("t2t_vit_tiny", "stl t=4 r=16", 2, backend="triton", fused=True)
+    stl = Case("t2t_vit_tiny", "stl t=4 r=16", 2, backend="triton", fused="mlps")
     dense, fused = measure_all(tmp_path / "file.json", [SINGLE, stl])
     assert "training_ratio" not in dense
     assert fused["training_ratio"] == 1.0
-    assert (fused["backend"], fused["fused"]) == ("triton", True)
+    assert (fused["backend"], fused["fused"]) == ("triton", "mlps")
 
 
 def test_rows_that_the_file_has_are_not_measured_again(tmp_path, calls):
