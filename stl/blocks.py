@@ -25,7 +25,8 @@ class STLBlock(nn.Module):
     """What `fuse_blocks` adds to the class of a block; the block keeps its children, parameters and attributes.
 
     Called with x alone, it computes by a rewritten graph where kernels compute its layers; by its own forward
-    otherwise, so that without kernels nothing changes. A copy is fused as well; what comes out of a file is not.
+    otherwise, so that without kernels nothing changes, and where it is compiled in training: compilers are as fast with
+    norms and additions there. A copy is fused as well; what comes out of a file is not.
     """
 
     plain: type[nn.Module]  # its class before
@@ -33,12 +34,14 @@ class STLBlock(nn.Module):
     fused: dict[bool, tuple[str, ...]]  # the layers in each that are fused with what stands around them
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and self._uses_kernels(args[0]):
+        if len(args) == 1 and not kwargs and self._is_fused_for(args[0]):
             return self.passes[self.training](self, args[0])
         return super().forward(*args, **kwargs)
 
-    def _uses_kernels(self, x: Any) -> bool:
+    def _is_fused_for(self, x: Any) -> bool:
         if not isinstance(x, Tensor) or not x.is_floating_point():
+            return False
+        if self.training and torch.compiler.is_compiling():
             return False
         layers = [self.get_submodule(name) for name in self.fused[self.training]]
         return any(layer.uses_kernels(x) for layer in layers)  # type: ignore[operator]
@@ -64,10 +67,10 @@ def fuse_blocks(model: nn.Module) -> list[str]:
     probability 0, or DropPath in evaluation, are none. Where a LayerNorm or RMSNorm feeds one STL layer or MLP only,
     which may stand inside an attention module, it is computed as that encodes, up to
     `stl.kernels.MOST_NORMALISED_TILES` tiles wide, 2048 features at t = 4, half of that with gradients enabled, but not
-    before narrow layers. Behind LayerScale, and behind dropout and DropPath in training, the addition stays. A module
-    that cannot be traced, or changes itself, stays as it is, and so does one that takes any keywords, as transformers'
-    do: such models call their blocks with more than x, for which there is no graph, and their norms are their own
-    classes.
+    before narrow layers. Behind LayerScale, and behind dropout and DropPath in training, the addition stays; compiled
+    in training, all norms and additions do. A module that cannot be traced, or changes itself, stays as it is, and so
+    does one that takes any keywords, as transformers' do: such models call their blocks with more than x, for which
+    there is no graph, and their norms are their own classes.
 
     Returns the names of the MLPs and the blocks; state dicts stay as they were. With kernels a block's mode is that of
     all that stands in it, probabilities and other attributes are those of this moment, and hooks that modules in it get

@@ -86,11 +86,12 @@ def _launch(
     channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor | None, x: Tensor | None, again: bool
 ) -> Tensor | None:
     rank, dtype = len(matrix), channels.dtype
-    tiling = Tiling.of(y, tile, channels.shape[2]).in_whole_blocks(64 if again else 128, y, x)
+    block = 128 if x is None else 64
+    tiling = Tiling.of(y, tile, channels.shape[2]).in_whole_blocks(block, y, x)
     if again:
         grid = divide_for_sums(tiling, dtype, rank)
     else:
-        grid = divide(tiling, 128, 8 if dtype == torch.float32 else 2, MANY_PROGRAMS, most_rows=4)
+        grid = divide(tiling, block, block // (16 if dtype == torch.float32 else 64), MANY_PROGRAMS, most_rows=4)
     products = channels.new_empty(grid.programs, *matrix.shape, dtype=torch.float32) if again else None
     if y.numel():
         with torch.cuda.device_of(y):

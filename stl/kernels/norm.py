@@ -292,11 +292,15 @@ def _(gradient, x, gain, shift, weight, encoder, *_, **__) -> int:
 def _grid(tiling: Tiling, encoder: Tensor, backward: bool) -> Grid:
     """Whole rows of tiles for each program, one after the other in the backward pass, where each leaves sums behind."""
     block = padded(tiling.groups)
-    most_rows, entries = (1024, 1024) if backward else (1, 2048)  # a warp has so many entries
-    rows = divide(tiling._replace(columns=block * tiling.group), block, 1, PROGRAMS, most_rows).rows
+    rows = divide(tiling._replace(columns=block * tiling.group), block, 1, PROGRAMS, 1024 if backward else 1).rows
     few = few_channels(tiling, encoder.dtype, len(encoder))
-    more = 4 if encoder.dtype == torch.float32 else 2 if backward and not few else 1
-    warps = more * block * tiling.group * tiling.tile**2 // entries
+    warps = block * tiling.group * tiling.tile**2 // 1024
+    if not backward:
+        warps = max(min(2, warps), warps // 2)
+    if encoder.dtype == torch.float32:
+        warps *= 4
+    elif backward and not few:
+        warps *= 2
     return Grid(block, rows, min(16, max(1 if few else 2, warps)), 1, ceil(tiling.rows / rows))
 
 

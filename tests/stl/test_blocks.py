@@ -118,6 +118,23 @@ def test_compiles_without_graph_breaks(backend):
         torch.testing.assert_close(compiled(x), wanted)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiler_is_left_the_norms_in_training(training):
+    operators = []
+
+    def compiler(graph, inputs):
+        operators.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    block, x = timm_block().to(DEVICE).train(training), gaussian(1, 3, 8, seed=0).float()
+    fuse_blocks(block)
+    block.attn.qkv.backend = block.attn.proj.backend = block.mlp.backend = "triton"
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend=compiler)(x), block(x))
+    assert operators.count(torch.ops.stl.norm_encode_gemm) == (0 if training else 2)
+    assert operators.count(torch.ops.stl.hidden_gemm) == 1
+
+
 def test_every_block_of_a_vision_transformer():
     model = timm.create_model("t2t_vit_tiny", drop_path_rate=0.1).eval()
     convert(model, rank=16)
