@@ -6,12 +6,12 @@
 
 An MLP is samples,tokens,width,hidden: linear, GELU, linear. An attention block is samples,tokens,width,heads:
 LayerNorm, queries, keys and values, softmax attention, projection, residual. STL comes by each backend; with the
-kernels also fused: the two layers of an MLP; norm and addition with the layers beside them. 2:4 is PyTorch's sparse
-kernels (cuSPARSELt) on the same weights masked, each layer by the algorithm that a search finds for its input: on a GPU
-in 16 bits, and in inference only, since a compressed weight has no backward pass here. A block whose sizes they do not
-take has a row that says why, and no speed. On a GPU all come as they are and under torch.compile. Each is checked,
-output and in training gradients, against the same block in higher precision by the reference, before it is timed. The
-file is rewritten after every pass of a block.
+kernels also fused: the two layers of an MLP; norm and addition with the layers beside them, but not in compiled
+training. 2:4 is PyTorch's sparse kernels (cuSPARSELt) on the same weights masked, each layer by the algorithm that a
+search finds for its input: on a GPU in 16 bits, and in inference only, since a compressed weight has no backward pass
+here. A block whose sizes they do not take has a row that says why, and no speed. On a GPU all come as they are and
+under torch.compile. Each is checked, output and in training gradients, against the same block in higher precision by
+the reference, before it is timed. The file is rewritten after every pass of a block.
 """
 
 import copy

@@ -293,7 +293,7 @@ def read_rows(path: Path, here: dict[str, Any]) -> dict[Case, dict[str, Any]]:
 
 
 def describe(row: dict[str, Any]) -> str:
-    words = [f"{row['model']:22} {row['linear']:12} {row['backend']:6} {'fused' if row['fused'] else '':5}"]
+    words = [f"{row['model']:22} {row['linear']:12} {row['backend']:6} {row['fused'] or '':6}"]
     words[0] += f" × {row['devices']} {row['strategy'] or '':5}"
     if "refused" in row:
         return "   ".join([*words, f"REFUSED, not timed: {row['refused']}"])

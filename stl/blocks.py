@@ -25,8 +25,8 @@ class STLBlock(nn.Module):
     """What `fuse_blocks` adds to the class of a block; the block keeps its children, parameters and attributes.
 
     Called with x alone, it computes by a rewritten graph where kernels compute its layers; by its own forward
-    otherwise, so that without kernels nothing changes, and where it is compiled in training: compilers are as fast with
-    norms and additions there. A copy is fused as well; what comes out of a file is not.
+    otherwise, so that without kernels nothing changes, and where it is compiled with gradients enabled. A copy is fused
+    as well; what comes out of a file is not.
     """
 
     plain: type[nn.Module]  # its class before
@@ -41,8 +41,8 @@ class STLBlock(nn.Module):
     def _is_fused_for(self, x: Any) -> bool:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return False
-        if self.training and torch.compiler.is_compiling():
-            return False
+        if torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling():
+            return False  # a compiler's norms and additions are, with their gradients, as fast as kernels or faster
         layers = [self.get_submodule(name) for name in self.fused[self.training]]
         return any(layer.uses_kernels(x) for layer in layers)  # type: ignore[operator]
 
@@ -68,9 +68,9 @@ def fuse_blocks(model: nn.Module) -> list[str]:
     which may stand inside an attention module, it is computed as that encodes, up to
     `stl.kernels.MOST_NORMALISED_TILES` tiles wide, 2048 features at t = 4, half of that with gradients enabled, but not
     before narrow layers. Behind LayerScale, and behind dropout and DropPath in training, the addition stays; compiled
-    in training, all norms and additions do. A module that cannot be traced, or changes itself, stays as it is, and so
-    does one that takes any keywords, as transformers' do: such models call their blocks with more than x, for which
-    there is no graph, and their norms are their own classes.
+    with gradients enabled, all norms and additions do. A module that cannot be traced, or changes itself, stays as it
+    is, and so does one that takes any keywords, as transformers' do: such models call their blocks with more than x,
+    for which there is no graph, and their norms are their own classes.
 
     Returns the names of the MLPs and the blocks; state dicts stay as they were. With kernels a block's mode is that of
     all that stands in it, probabilities and other attributes are those of this moment, and hooks that modules in it get

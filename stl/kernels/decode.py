@@ -86,12 +86,13 @@ def _launch(
     channels: Tensor, matrix: Tensor, y: Tensor, tile: int, bias: Tensor | None, x: Tensor | None, again: bool
 ) -> Tensor | None:
     rank, dtype = len(matrix), channels.dtype
-    block = 128 if x is None else 64
+    block = 128 if x is None else 64  # what is read beside the channels takes registers as well
     tiling = Tiling.of(y, tile, channels.shape[2]).in_whole_blocks(block, y, x)
     if again:
         grid = divide_for_sums(tiling, dtype, rank)
     else:
-        grid = divide(tiling, block, block // (16 if dtype == torch.float32 else 64), MANY_PROGRAMS, most_rows=4)
+        tiles_of_a_warp = 16 if dtype == torch.float32 else 64
+        grid = divide(tiling, block, block // tiles_of_a_warp, MANY_PROGRAMS, most_rows=4)
     products = channels.new_empty(grid.programs, *matrix.shape, dtype=torch.float32) if again else None
     if y.numel():
         with torch.cuda.device_of(y):

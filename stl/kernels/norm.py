@@ -1,10 +1,11 @@
 """LayerNorm or RMSNorm and encode in one pass: `stl::norm_encode_gemm`, and its gradient.
 
 A program holds whole rows of tiles, so that it can normalise them. What is normalised never reaches memory: the
-backward pass computes it again from x.
+backward pass computes it again from x. Matrices are read and written as rows of features, (T, WIDTH), whose sums stay
+within few warps, and become tiles, (TT, BLOCK), for products alone.
 """
 
-from math import ceil
+from math import ceil, log2
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ from stl.kernels.tiles import (
     Tiling,
     channel_places,
     constants,
-    divide,
     few_channels,
     load_basis,
     multiply,
@@ -82,7 +82,7 @@ def _as_rows(tiles, T: tl.constexpr, TT: tl.constexpr):
 
 @triton.jit
 def _row_places(p, c, N, P, n, k, stride_b, stride_n, stride_k, T: tl.constexpr, FULL: tl.constexpr):
-    """Offsets (T, WIDTH) of the features c in the row of tiles p, and which of them exist."""
+    """Offsets (T, WIDTH) of the features c in the row of tiles p, and which of them exist; as `tile_places`."""
     row = (p % N) * T + tl.arange(0, T)[:, None]
     places = (p // N).to(tl.int64) * stride_b + row.to(tl.int64) * stride_n + c[None, :].to(tl.int64) * stride_k
     exist = tl.broadcast_to(c[None, :] < k, places.shape)
@@ -108,13 +108,6 @@ def _normalise(rows, exist, k, eps, CENTRE: tl.constexpr):
 
 
 @triton.jit
-def _scaled(unit, exist, gains, shifts, SHIFT: tl.constexpr):
-    """x̂·gain + shift."""
-    rows = unit * gains
-    return tl.where(exist, rows + shifts, 0.0) if SHIFT else rows
-
-
-@triton.jit
 def _norm_encode(
     x, stride_b, stride_n, stride_k, n, k, N, P, K,
     gain, shift, eps, matrix, channels,
@@ -122,16 +115,17 @@ def _norm_encode(
     ROWS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BESIDE: tl.constexpr, CENTRE: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
+    """A program takes one row of tiles."""
     p = tl.program_id(0)
     c = tl.arange(0, BLOCK * (TT // T))
     places, exist = _row_places(p, c, N, P, n, k, stride_b, stride_n, stride_k, T, FULL)
-    rows = tl.load(x + places, mask=exist, other=0.0).to(tl.float32)
-    unit, _ = _normalise(rows, exist, k, eps, CENTRE)
-    gains, shifts = _by_feature(gain, c, k, True), _by_feature(shift, c, k, SHIFT)
-    tiles = _as_tiles(_scaled(unit, exist, gains, shifts, SHIFT).to(matrix.dtype.element_ty), T, TT)
+    unit, _ = _normalise(tl.load(x + places, mask=exist, other=0.0).to(tl.float32), exist, k, eps, CENTRE)
+    rows = tl.where(exist, unit * _by_feature(gain, c, k, True) + _by_feature(shift, c, k, SHIFT), 0.0)
+    tiles = _as_tiles(rows.to(matrix.dtype.element_ty), T, TT)
     encoded = multiply(load_basis(matrix, R, T, RP, TT), tiles, None, PRECISION)
-    places, exist = channel_places(p, tl.arange(0, BLOCK), N, P, K, K, R, RP, S, FULL, BESIDE)
-    tl.store(channels + places, encoded.to(channels.dtype.element_ty), mask=exist, eviction_policy=READ_NEXT)
+    coded_places, coded_exist = channel_places(p, tl.arange(0, BLOCK), N, P, K, K, R, RP, S, FULL, BESIDE)
+    encoded = encoded.to(channels.dtype.element_ty)
+    tl.store(channels + coded_places, encoded, mask=coded_exist, eviction_policy=READ_NEXT)
 
 
 @triton.jit
@@ -154,13 +148,13 @@ def _norm_encode_backward(
     for step in range(ROWS):
         p = pid * ROWS + step
         places, exist = _row_places(p, c, N, P, n, k, stride_b, stride_n, stride_k, T, FULL)
-        rows = tl.load(x + places, mask=exist, other=0.0).to(tl.float32)
-        unit, scale = _normalise(rows, exist, k, eps, CENTRE)
-        tiles = _as_tiles(_scaled(unit, exist, gains, shifts, SHIFT).to(matrix.dtype.element_ty), T, TT)
-        places, exist_coded = channel_places(p, tl.arange(0, BLOCK), N, P, K, K, R, RP, S, FULL, BESIDE)
-        coded = tl.load(gradient + places, mask=exist_coded, other=0.0)
-        again = multiply(basis, tiles, None, PRECISION)
-        tl.store(gradient + places, again.to(gradient.dtype.element_ty), mask=exist_coded)  # `coded` has been read
+        unit, scale = _normalise(tl.load(x + places, mask=exist, other=0.0).to(tl.float32), exist, k, eps, CENTRE)
+        rows = tl.where(exist, unit * gains + shifts, 0.0)
+        tiles = _as_tiles(rows.to(matrix.dtype.element_ty), T, TT)
+        coded_places, coded_exist = channel_places(p, tl.arange(0, BLOCK), N, P, K, K, R, RP, S, FULL, BESIDE)
+        coded = tl.load(gradient + coded_places, mask=coded_exist, other=0.0)
+        again = multiply(basis, tiles, None, PRECISION).to(gradient.dtype.element_ty)
+        tl.store(gradient + coded_places, again, mask=coded_exist)  # `coded` has been read
         product = multiply(coded, tl.trans(tiles), product, PRECISION)
         drows = tl.where(exist, _as_rows(multiply(tl.trans(basis), coded, None, PRECISION), T, TT), 0.0)
         gain_sum += tl.sum(drows * unit, 0)
@@ -169,7 +163,7 @@ def _norm_encode_backward(
         inner = drows - unit * (tl.sum(drows * unit, 1, keep_dims=True) / k)
         if CENTRE:
             inner -= tl.sum(drows, 1, keep_dims=True) / k
-        places, exist = _row_places(p, c, N, P, n, k, dx_b, dx_n, dx_k, T, FULL)
+        places, _ = _row_places(p, c, N, P, n, k, dx_b, dx_n, dx_k, T, FULL)
         tl.store(dx + places, (inner * scale).to(dx.dtype.element_ty), mask=exist)
     store_product(product, products, pid, R, T, RP, TT)
     _store_sums(gain_sum, dgain, pid, c, k)
@@ -179,7 +173,7 @@ def _norm_encode_backward(
 
 @triton.jit
 def _store_sums(sums, total, pid, c, k):
-    """One program's share of sums over rows, (WIDTH,), to total (programs, k)."""
+    """One program's share of sums over rows, (WIDTH,), to total (programs, k); as `store_column_sums`."""
     tl.store(total + pid.to(tl.int64) * k + c, sums, mask=c < k)
 
 
@@ -200,12 +194,11 @@ def _norm_encode_gemm(
     gain, shift = gain.contiguous(), contiguous(shift)
     tiling = Tiling.of(samples, tile)
     channels = weight.new_empty(len(encoder), tiling.rows, tiling.columns)
-    grid = _grid(tiling, encoder, backward=False)
     if channels.numel():
         with torch.cuda.device_of(x):
-            _norm_encode[(grid.programs,)](
+            _norm_encode[(tiling.rows,)](
                 samples, *samples.stride(), *tiling.sizes(), gain, shift, eps, encoder.contiguous(), channels,
-                **_constants(tiling, encoder, centre, shift, grid),
+                **_constants(tiling, encoder, centre, shift, _grid(tiling, encoder, backward=False)),
             )  # fmt: skip
     return torch.bmm(channels, weight)
 
@@ -290,9 +283,10 @@ def _(gradient, x, gain, shift, weight, encoder, *_, **__) -> int:
 
 
 def _grid(tiling: Tiling, encoder: Tensor, backward: bool) -> Grid:
-    """Whole rows of tiles for each program, one after the other in the backward pass, where each leaves sums behind."""
+    """Whole rows of tiles for each program; in the backward pass, where each leaves sums behind, several."""
     block = padded(tiling.groups)
-    rows = divide(tiling._replace(columns=block * tiling.group), block, 1, PROGRAMS, 1024 if backward else 1).rows
+    rows = min(1024, 2 ** int(log2(max(1, tiling.rows // PROGRAMS)))) if backward else 1
+    # As few warps as have the registers, since sums over a row need not leave them then.
     few = few_channels(tiling, encoder.dtype, len(encoder))
     warps = block * tiling.group * tiling.tile**2 // 1024
     if not backward:

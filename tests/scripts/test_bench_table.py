@@ -128,7 +128,7 @@ def test_blocks_are_compared_with_the_compiled_block_and_memory_with_the_dense_o
 def test_models(monkeypatch, tmp_path, capsys):
     inference, training, source = run(monkeypatch, tmp_path, capsys, MODELS).strip().split("\n\n")
     assert inference.splitlines() == [
-        "| inference, images a second: model | dense | stl r=16, triton | stl r=16, triton, fused |",
+        "| inference, images a second: model | dense | stl r=16, triton | stl r=16, triton, blocks fused |",
         "|---|---|---|---|",
         "| t2t_vit_7 | 40,000 | 1.25 | wrong |",
         "| t2t_vit_14 | 100 | not run | not run |",

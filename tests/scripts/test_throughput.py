@@ -36,9 +36,8 @@ def test_one_device(linear, tmp_path):
     assert max(rates[name] for name in errors) < 0.05
 
 
-@pytest.mark.parametrize("fused", throughput.FUSE)
-def test_a_fused_model_computes_the_same(fused):
-    case = Case("t2t_vit_tiny", "stl t=4 r=16", 2, backend="torch", fused=fused)
+def test_a_fused_model_computes_the_same():
+    case = Case("t2t_vit_tiny", "stl t=4 r=16", 2, backend="torch", fused="blocks")
     rates = throughput._rates(case, made(case), QUICK, torch.device("cpu"))
     assert rates["error"] == rates["plain_error"]
     assert rates["gradient_error"] == pytest.approx(rates["plain_gradient_error"])

@@ -96,7 +96,8 @@ def main(tile: int, rank: int, name: str, dtype: torch.dtype, columns: int) -> N
     with torch.no_grad():
         mlp.mlp(x, layer, None, layer, "relu", "tokens", width, width, None, None)
     for gradients, columns in enumerate(kernels.MOST_NORMALISED_TILES[tile]):
-        x, gain, shift = (torch.ones(*size, columns * tile, dtype=dtype).requires_grad_() for size in ((2, 16), (), ()))
+        # In float32, as under autocast.
+        x, gain, shift = (torch.ones(*size, columns * tile).requires_grad_() for size in ((2, 16), (), ()))
         weight = torch.ones(rank, columns, 16, dtype=dtype)
         channels = torch.ops.stl.norm_encode_gemm(x, gain, shift, weight, encoder, 1e-6, True, False)
         if gradients:

@@ -252,7 +252,7 @@ def test_blocks_compute_norms_with_an_mlp_of_which_the_first_layer_alone_is_narr
         def forward(self, x: Tensor) -> Tensor:
             return x + self.mlp(self.norm(x))
 
-    block = Block().to(DEVICE).eval()
+    block = Block().to(DEVICE)
     fuse_blocks(block)
     set_backend(block, "triton")
     x = torch.empty(2, 8, 128, device=DEVICE)

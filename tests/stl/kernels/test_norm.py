@@ -5,11 +5,14 @@ from itertools import cycle, product
 
 import pytest
 import torch
+import triton
 from agreement import DEVICE, assert_agree, assert_the_last_are_as_alone, gaussian, with_strides
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stl import Norm, SettingError, STLLinear, STLNormLinear, count_flops
+from stl.kernels import norm
+from stl.kernels.tiles import Tiling
 
 BASES = [("strassen", 2, 7), ("hadamard", 4, 16), ("frame", 4, 24), ("hadamard", 8, 64)]
 NORMS = {"layer": nn.LayerNorm, "layer, no bias": lambda k: nn.LayerNorm(k, bias=False), "rms": nn.RMSNorm}
@@ -184,3 +187,22 @@ def test_another_norm_gets_one_line(norm, said):
 def test_a_dense_layer_gets_one_line():
     with pytest.raises(SettingError, match=r"^Linear is no STLLinear; STLLinear\.from_linear"):
         STLNormLinear(nn.LayerNorm(13), nn.Linear(13, 10))
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype", "widths_and_warps"),
+    [
+        (16, torch.bfloat16, {256: (1, 1), 384: (2, 2), 768: (2, 4), 1024: (2, 4), 2048: (4, 8)}),
+        (49, torch.bfloat16, {256: (2, 2), 384: (2, 4), 1024: (2, 8)}),
+        (16, torch.float32, {256: (4, 4), 384: (8, 8), 1024: (8, 16)}),
+    ],
+)
+def test_a_program_holds_rows_of_tiles_by_as_few_warps_as_have_the_registers(rank, dtype, widths_and_warps):
+    encoder = torch.empty(rank, 16, dtype=dtype)
+    for width, warps in widths_and_warps.items():
+        tiling = Tiling(256, 197, width, 4, width // 4)
+        grids = [norm._grid(tiling, encoder, backward) for backward in (False, True)]
+        assert [grid.warps for grid in grids] == list(warps)
+        assert [grid.rows for grid in grids] == [1, 8]
+        assert [grid.programs for grid in grids] == [12800, 1600]
+        assert {grid.block for grid in grids} == {triton.next_power_of_2(width // 4)}
