@@ -4,11 +4,11 @@
     python scripts/bench_models.py --models t2t_vit_14 --ranks 16 24 --backends triton
 
 Measured as throughput.py measures, which see: images a second of inference and of a whole training step, in bf16 with
-CUDA graphs. STL comes by each backend; with the kernels also with its blocks fused, of which compilers leave the MLPs
-fused in training. Each model is checked, logits and gradients, against its reference in float32 before it is timed.
-Beside each rate stands its bound: the images a second that the counted MACs and the numbers that must be moved, in
-bf16, leave to the bandwidth and the arithmetic measured in the same run. What the file has is not measured again, and
-keeps its bounds: the file's ceilings are those of the last run that measured.
+CUDA graphs. STL comes by each backend; with the kernels also with its blocks fused, in training with its MLPs, since
+compiled blocks leave the rest to the compiler there. Each model is checked, logits and gradients, against its reference
+in float32 before it is timed. Beside each rate stands its bound: the images a second that the counted MACs and the
+numbers that must be moved, in bf16, leave to the bandwidth and the arithmetic measured in the same run. What the file
+has is not measured again, and keeps its bounds: the file's ceilings are those of the last run that measured.
 
 2:4 is the dense model pruned by magnitude, on a GPU and in inference only: its layers' weights are compressed in bf16,
 which autocast could not do, and run under the same autocast as all others; cuSPARSELt searches the algorithm of each

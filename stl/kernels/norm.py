@@ -5,7 +5,7 @@ backward pass computes it again from x. Matrices are read and written as rows of
 within few warps, and become tiles, (TT, BLOCK), for products alone.
 """
 
-from math import ceil, log2
+from math import ceil
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from stl.kernels.tiles import (
     load_basis,
     multiply,
     padded,
+    rows_each,
     store_product,
 )
 from stl.kernels.weight_gradient import weight_gradient
@@ -285,7 +286,7 @@ def _(gradient, x, gain, shift, weight, encoder, *_, **__) -> int:
 def _grid(tiling: Tiling, encoder: Tensor, backward: bool) -> Grid:
     """Whole rows of tiles for each program; in the backward pass, where each leaves sums behind, several."""
     block = padded(tiling.groups)
-    rows = min(1024, 2 ** int(log2(max(1, tiling.rows // PROGRAMS)))) if backward else 1
+    rows = rows_each(tiling.rows, PROGRAMS) if backward else 1
     # As few warps as have the registers, since sums over a row need not leave them then.
     few = few_channels(tiling, encoder.dtype, len(encoder))
     warps = block * tiling.group * tiling.tile**2 // 1024

@@ -23,6 +23,7 @@ from torch import Tensor
 # Programs of a launch. Where each leaves sums behind, as many as a GPU of 132 multiprocessors holds of one warp at
 # once; else a few times what it holds.
 PROGRAMS, MANY_PROGRAMS = 1408, 3200
+MOST_ROWS = 1024  # of tiles that a program takes one after the other
 LEAST = 16  # of each size of what `tl.dot` takes
 # How kernels store encoded tiles, which a GEMM reads next: the L2 cache keeps them before all else.
 READ_NEXT = tl.constexpr("evict_last")
@@ -113,6 +114,12 @@ class Grid(NamedTuple):
         return self.blocks * self.chunks
 
 
+def rows_each(rows: int, programs: int, most: int = MOST_ROWS) -> int:
+    """As many for each program, one after the other, as leave this number of programs, since what a program has loaded
+    serves all of them and what it sums is one share; a power of two, since a kernel is compiled for it."""
+    return min(most, 2 ** int(log2(max(1, rows // programs))))
+
+
 def block_size(tiling: Tiling, block: int) -> int:
     """Groups that have as many entries as `block` tiles of 4 × 4."""
     return max(LEAST, block * 16 // (tiling.group * tiling.tile**2))
@@ -132,19 +139,18 @@ def _in_whole_blocks(tiling: Tiling, block: int, even: bool) -> Tiling:
 
 @remembered
 def divide(
-    tiling: Tiling, block: int, warps: int, programs: int, most_rows: int = 1024, most_empty: float = 0.0
+    tiling: Tiling, block: int, warps: int, programs: int, most_rows: int = MOST_ROWS, most_empty: float = 0.0
 ) -> Grid:
     """The grid of a kernel that does well with `block` tiles of 4 × 4 in `warps` warps.
 
     Of others as many entries; half of the block and the warps where more of the last block than `most_empty` of all
-    tiles would be empty. As many rows one after the other as leave this number of programs, since what a program has
-    loaded serves all of them and what it sums is one share; a power of two, since a kernel is compiled for it.
+    tiles would be empty.
     """
     whole = block_size(tiling, block)
     fits = -tiling.groups % whole <= most_empty * tiling.groups
     size = min(whole if fits else max(LEAST, whole // 2), padded(tiling.groups))
     blocks = ceil(tiling.groups / size)
-    rows = min(most_rows, 2 ** int(log2(max(1, tiling.rows * blocks // programs))))
+    rows = rows_each(tiling.rows * blocks, programs, most_rows)
     return Grid(size, rows, max(1, warps * size // whole), blocks, ceil(tiling.rows / rows))
 
 
