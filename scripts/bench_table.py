@@ -130,8 +130,7 @@ def _groups_of_models(result: dict[str, Any]) -> Iterator[Group]:
             if row.get("devices", 1) == 1 and (name, row["linear"]) != ("training", SPARSE):
                 words = [_method(row["linear"])]
                 words += [row["backend"]] if row["linear"] not in ("dense", SPARSE) and "backend" in row else []
-                fused = row.get("fused")  # true in older files: MLPs
-                words += ["fused" if fused is True else f"{fused} fused"] if fused else []
+                words += [f"{row['fused']} fused"] if row.get("fused") else []
                 rates = {"seconds": f"{name}_images_per_second", "bound_seconds": f"{name}_bound_images_per_second"}
                 rows[row["model"], ", ".join(words)] = row | {
                     seconds: 1 / row[rate] for seconds, rate in rates.items() if rate in row

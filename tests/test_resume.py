@@ -26,14 +26,14 @@ from train import one_line_errors
 WORDS = [
     *QUICK,
     "trainer.max_epochs=2",
-    "trainer.limit_train_batches=10",
+    "trainer.limit_train_batches=6",
     "trainer.limit_val_batches=2",
     "data.batch_size=16",
     "data.device_batch_size=8",
     "model.drop_path_rate=0.2",
     "callbacks=[default,ema]",
     "callbacks.ema.decay=0.9",
-    "callbacks.checkpoint.every_steps=3",
+    "callbacks.checkpoint.every_steps=2",
     "callbacks.progress_bar=null",
     "+augment._target_=models.augment.BatchAugment",
     "+augment.mixup=0.8",
@@ -178,7 +178,7 @@ def test_interruptions_change_nothing(tmp_path, words, undisturbed):
         folder, kind = tmp_path / str(runs), kinds[done]
         process = start(folder, words, fatal_write=moments.randint(1, 2) if kind == "write" else None)
         if kind != "write":
-            process.join(moments.uniform(0.3, 0.8) * seconds)
+            process.join(moments.uniform(0.4, 0.85) * seconds)
             process.kill() if kind == "kill" else process.terminate()
         process.join()
         if process.exitcode == 0:

@@ -38,7 +38,7 @@ CASES = {
 )
 def test_attention_gets_a_mask_only_where_causality_does_not_say_it_all(case, way):
     inputs, masked = CASES[case]
-    model = llama(WAYS[way] if way else None)
+    model = llama(WAYS[way] if way else None, num_hidden_layers=1)
     inputs = {"input_ids": ids(2, 7), **inputs}
     logits, calls = compiled(model, **inputs)
     assert len(calls) == model.config.num_hidden_layers
